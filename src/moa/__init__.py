@@ -1,0 +1,24 @@
+"""MoA: heterogeneous mixtures for Hugging Face language models. Importing registers the method with PEFT."""
+
+import moa.adapters  # noqa: F401  (registers MOA with PEFT)
+from moa.adapters.config import MoAConfig
+from moa.adapters.experts import Copies, LoraExpert, ParallelExpert, PromptExpert
+from moa.adapters.gating import Soft, Softmax, Threshold, TopK
+from moa.adapters.presets import preset
+from moa.adapters.routers import Router
+from moa.adapters.telemetry import gate_values
+
+__all__ = [
+    "Copies",
+    "LoraExpert",
+    "MoAConfig",
+    "ParallelExpert",
+    "PromptExpert",
+    "Router",
+    "Soft",
+    "Softmax",
+    "Threshold",
+    "TopK",
+    "gate_values",
+    "preset",
+]

@@ -1,0 +1,63 @@
+"""Checks that every configuration shares: errors that name the offending value and the allowed ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"``, or nothing if no allowed name is close."""
+    close = difflib.get_close_matches(str(name), list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_choice(what: str, value: Any, allowed: Collection[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{what}={value!r} is not one of {sorted(allowed)}{nearest(value, allowed)}")
+
+
+def check_range(what: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> None:
+    """Raise ValueError unless ``low <= value <= high`` (``low < value`` if ``open_low``)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what}={value!r} must be a number")
+    if value != value or value < low or value > high or (open_low and value == low):
+        left = "(" if open_low else "["
+        raise ValueError(f"{what}={value!r} is outside of {left}{low}, {high}]")
+
+
+def build(what: str, classes: Mapping[str, type], given: Any) -> Any:
+    """An instance of one of ``classes`` from an instance, a kind's name, or a dict with the key ``kind``.
+
+    Raises:
+        ValueError: unknown kind or unknown field; the message offers the nearest valid name.
+    """
+    if isinstance(given, tuple(classes.values())):
+        return given
+    fields = {"kind": given} if isinstance(given, str) else dict(given)
+    kind = fields.pop("kind", None)
+    check_choice(f"{what}: kind", kind, classes)
+    return from_fields(f"{what} {kind!r}", classes[kind], fields)
+
+
+def from_fields(what: str, cls: type, fields: Mapping[str, Any]) -> Any:
+    """``cls(**fields)``; an unknown field is a ValueError that offers the nearest valid one."""
+    allowed = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in allowed:
+            raise ValueError(f"{what} has no field {name!r}{nearest(name, allowed)}; its fields are {allowed}")
+    return cls(**fields)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses to JSON-able dicts, each with its ``kind`` if it has one; the inverse of `build`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kind = getattr(value, "kind", None)
+        return fields if kind is None else {"kind": kind, **fields}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

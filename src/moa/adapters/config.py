@@ -1,0 +1,78 @@
+"""`MoAConfig`: every knob of a mixture, checked when it is built.
+
+A mixture is three ideas: *experts* (what sits where), a *router* (what the decision reads) and a *gating* rule (how
+logits become weights). Each is a small dataclass; all of them survive a round trip through JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from moa.adapters.architectures import Architecture
+from moa.adapters.choices import build, from_fields, plain
+from moa.adapters.experts import EXPERTS, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
+from moa.adapters.gating import GATINGS, Soft
+from moa.adapters.registration import MOA
+from moa.adapters.routers import Router
+
+FORMAT_VERSION = 1
+
+
+def _paper_experts() -> list[ExpertConfig]:
+    return [LoraExpert(), PromptExpert(), ParallelExpert()]
+
+
+@dataclass
+class MoAConfig(PeftConfig):
+    """Configuration of a Mixture of Adapters (arXiv 2506.05928); the default is the paper's Soft MoA.
+
+    Experts, router and gating may be given as objects, as dicts, or (gating) by name alone.
+
+    Attributes:
+        experts: what sits in every block, e.g. ``[LoraExpert(targets=["q", "v"], r=8), ParallelExpert(size=16)]``.
+        router: one per block, shared by its experts. None: no router, every expert is simply added.
+        gating: ``"soft"``, ``"softmax"``, ``"topk"``, ``"threshold"``, or an object such as ``Threshold(gamma_max=0.2)``.
+        architecture: module paths of a model family that MoA does not know, see `moa.adapters.architectures`.
+        modules_to_save: modules outside of the mixture to train and save in full, as in PEFT.
+        init_weights: start as the base model, bit for bit. False draws every weight at random (for tests).
+        format_version: version of this file format; newer files than this release reads are refused.
+
+    Raises:
+        ValueError: unknown kind or field, or a value outside of its range; the message names both.
+    """
+
+    target_modules: ClassVar[None] = None
+    """PEFT reads this on every configuration; in MoA the experts name their own places."""
+
+    experts: list[Any] = field(default_factory=_paper_experts)
+    router: Any = field(default_factory=Router)
+    gating: Any = field(default_factory=Soft)
+    architecture: dict[str, str | None] | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MOA
+        self.task_type = self.task_type or "CAUSAL_LM"
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter was saved in MoA format {self.format_version}, but this release reads formats up to "
+                f"{FORMAT_VERSION}: upgrade moa to load it"
+            )
+        kinds = {kind: expert.config for kind, expert in EXPERTS.items()}
+        self.experts = [build("experts", kinds, expert) for expert in self.experts]
+        if not self.experts:
+            raise ValueError("experts=[] leaves nothing to train; give at least one, e.g. LoraExpert()")
+        self.gating = build("gating", GATINGS, self.gating)
+        if self.router is not None and not isinstance(self.router, Router):
+            self.router = from_fields("router", Router, self.router)
+        if self.architecture is not None:
+            from_fields("architecture", Architecture, self.architecture)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: plain(value) for name, value in vars(self).items()}

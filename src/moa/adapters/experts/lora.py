@@ -1,0 +1,103 @@
+"""LoRA expert: a gated low-rank update of one linear projection, ``y + g * scaling * B A x``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa.adapters import ops
+from moa.adapters.architectures import PROJECTIONS, Host
+from moa.adapters.block import BlockContext
+from moa.adapters.choices import check_choice, check_range
+from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, first_argument
+
+
+@dataclass
+class LoraExpert(ExpertConfig):
+    """LoRA on some projections of a block, each with a gate of its own.
+
+    Attributes:
+        targets: any of q, k, v, o, gate, up, down.
+        r: rank.
+        alpha: the update is scaled by alpha / r.
+        rslora: scale by alpha / sqrt(r) instead (rsLoRA).
+        dropout: on the input of A, while training.
+    """
+
+    kind = "lora"
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o", "down"])
+    r: int = 8
+    alpha: float = 8
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("lora expert: r", self.r, low=1)
+        check_range("lora expert: alpha", self.alpha, low=0, open_low=True)
+        check_range("lora expert: dropout", self.dropout, low=0, high=1)
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"lora expert: targets={self.targets!r} must be a list of {list(PROJECTIONS)}")
+        for target in self.targets:
+            check_choice("lora expert: target", target, PROJECTIONS)
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora expert: targets={self.targets} names a projection twice")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def sites(self) -> list[Site]:
+        return [Site(target, target) for target in self.targets]
+
+
+class LoraLayer(ExpertLayer):
+    """Weights: ``moa_A`` (copies * r, in), or (r, in) if the copies share it; ``moa_B`` (out, copies * r)."""
+
+    config = LoraExpert
+    adapter_layer_names = ("moa_A", "moa_B", "moa_dropout")
+    other_param_names = (*ExpertLayer.other_param_names, "scaling")
+
+    def __init__(self, site: str, host: Host, context: BlockContext):
+        super().__init__(site, host, context)
+        self.moa_A = nn.ModuleDict()
+        self.moa_B = nn.ModuleDict()
+        self.moa_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.add_hook(host.module, after=self._after_projection)
+
+    def build(self, adapter: str, config: LoraExpert, init_weights: bool) -> None:
+        copies = config.copies
+        self.scaling[adapter] = config.scaling
+        rows = config.r if copies.shared else config.r * copies.number
+        self.moa_A[adapter] = nn.Linear(self.place.in_features, rows, bias=False)
+        self.moa_B[adapter] = nn.Linear(config.r * copies.number, self.place.out_features, bias=False)
+        self.moa_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        nn.init.kaiming_uniform_(self.moa_A[adapter].weight, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.moa_B[adapter].weight)
+
+    def _after_projection(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if self.context.bypassed:
+            return output
+        for adapter in self.enabled(self.moa_A):
+            a, b = self.moa_A[adapter].weight, self.moa_B[adapter].weight
+            x = self._cast_input_dtype(first_argument(args, kwargs), a.dtype)
+            weights = self.weights(adapter, x)
+            delta = ops.lora(self.moa_dropout[adapter](x), a, b, self.scaling[adapter], weights)
+            output = output + self._in_place_of_part(delta).to(output.dtype)
+        return output
+
+    def _in_place_of_part(self, delta: Tensor) -> Tensor:
+        """Zeros for the rows of a fused projection that belong to its other parts."""
+        part = self.place.part
+        if part is None:
+            return delta
+        slots = delta.unflatten(-1, (part.groups, part.stop - part.start, -1))
+        return F.pad(slots, (0, 0, part.start, part.slots - part.stop)).flatten(-3)

@@ -1,0 +1,121 @@
+"""Prompt expert: learned tokens that every query may attend to, with a softmax of their own.
+
+Output of the attention module before its output projection: ``Attn(q, K, V) + g * h * softmax(q K_p') V_p`` with a
+zero-initialised scalar ``h`` per head (LLaMA-Adapter). The queries are the block's own, rotated; ``K_p`` and ``V_p``
+go through the frozen key and value projections and whatever norm the family puts on keys, without rotation and
+without the block's LoRA experts.
+
+To know nothing about families, keys and values are obtained by running the attention module's own forward on the
+prompt, with an identity rotation, up to transformers' attention interface. Limits: the module must use that
+interface; logit soft-capping (Gemma 2) and attention sinks (gpt-oss) act on the text's softmax only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa.adapters import attention_interface, ops
+from moa.adapters.architectures import Host
+from moa.adapters.block import BlockContext, bound_arguments
+from moa.adapters.choices import check_range
+from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
+
+
+@dataclass
+class PromptExpert(ExpertConfig):
+    """Learned tokens in attention (Zhang et al. 2023; official `llama.py:480-510`).
+
+    Attributes:
+        length: number of prompt tokens.
+    """
+
+    kind = "prompt"
+    length: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("prompt expert: length", self.length, low=1)
+
+    def sites(self) -> list[Site]:
+        return [Site("prompt", "attention")]
+
+
+class Prompt(nn.Module):
+    """The tokens (copies * length, hidden), standard normal at first, and one gate per head (heads,), zero at first.
+
+    A module that is called, and not bare parameters, so that offloading and FSDP find its weights in place.
+    """
+
+    def __init__(self, length: int, hidden_size: int, heads: int, init_weights: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(length, hidden_size))
+        self.head_gate = nn.Parameter(torch.zeros(heads) if init_weights else torch.randn(heads))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.head_gate
+
+
+class PromptLayer(ExpertLayer):
+    """Weights: ``moa_prompt``, a `Prompt`."""
+
+    config = PromptExpert
+    adapter_layer_names = ("moa_prompt",)
+
+    def __init__(self, site: str, host: Host, context: BlockContext):
+        super().__init__(site, host, context)
+        self.moa_prompt = nn.ModuleDict()
+        attention_interface.install(host.module)
+        self.add_hook(host.module, before=self._before_attention)
+
+    def build(self, adapter: str, config: PromptExpert, init_weights: bool) -> None:
+        length = config.length * config.copies.number
+        heads = self.place.config.num_attention_heads
+        self.moa_prompt[adapter] = Prompt(length, self.place.in_features, heads, init_weights)
+
+    def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.context.bypassed:
+            self.context.notes[id(self)] = bound_arguments(type(attention), args, kwargs)
+
+    def after_attention(self, attention: nn.Module, query: Tensor, scaling: float | None, output: Tensor) -> Tensor:
+        """Add this expert to the interface's ``output`` (batch, tokens, heads, width)."""
+        arguments = self.context.notes.get(id(self))
+        for adapter in self.enabled(self.moa_prompt):
+            prompt, head_gate = self.moa_prompt[adapter]()
+            key, value = self._keys_and_values(attention, prompt, arguments)
+            hidden = arguments["hidden_states"]
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            route = self.weights(adapter, hidden)
+            extra = ops.prompt_attention(query, key, value, scale, head_gate, route)
+            output = output + extra.to(output.dtype).view_as(output)
+        return output
+
+    def _keys_and_values(
+        self, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Prompt (length, hidden) -> key and value, each (kv_heads, length, width)."""
+        tokens = prompt.to(arguments["hidden_states"].dtype).unsqueeze(0)
+        probe = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, bool) and name in ("output_attentions", "use_cache")
+        }
+        probe |= {"hidden_states": tokens, "attention_mask": None}
+        if arguments.get("position_embeddings") is not None:
+            cos, sin = arguments["position_embeddings"]
+            shape = (*(1,) * (cos.dim() - 2), prompt.shape[0], cos.shape[-1])
+            probe["position_embeddings"] = (cos.new_ones(shape), sin.new_zeros(shape))
+        self.context.bypassed = True
+        try:
+            attention.forward(**probe)
+        finally:
+            self.context.bypassed = False
+        key, value = self.context.notes.pop("probe")
+        return key.squeeze(0), value.squeeze(0)
+
+    def detach(self) -> None:
+        super().detach()
+        attention_interface.uninstall(self.host)

@@ -1,0 +1,193 @@
+"""From router logits to expert weights: one small class per rule.
+
+Every rule is a dataclass that is called with ``logits`` (..., experts) and, if it has ``learns_threshold``, with
+``threshold_logit`` (..., 1), and returns `Gates`. Rules act on the last dimension only, so the same rule gates the
+experts of a block and the copies inside one expert. Scores are computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moa.adapters.choices import check_choice, check_range
+
+
+class Gates(NamedTuple):
+    """What a rule decided.
+
+    Attributes:
+        weights: (..., experts), what multiplies each expert's output; exactly 0 where an expert is off.
+        scores: (..., experts), the router's opinion before selection, read by the load-balance loss.
+        threshold: (..., 1), or None for rules without one.
+    """
+
+    weights: Tensor
+    scores: Tensor
+    threshold: Tensor | None = None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _sum_to_one(weights: Tensor) -> Tensor:
+    """Divide by the sum over experts; a token without any active expert keeps its zeros."""
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, torch.ones_like(total), total)
+
+
+@dataclass
+class Gating:
+    """Base of all rules.
+
+    Attributes:
+        kind: the rule's name in a saved configuration.
+        balance: weight of the load-balance loss ``E * sum_e share_e * mean_score_e`` (Switch Transformer, eq. 4);
+            0 switches it off. Its gradient is added in backward, the reported loss stays the model's own.
+        z_loss: weight of the squared log-sum-exp of the logits (ST-MoE, eq. 5); 0 switches it off.
+    """
+
+    kind: ClassVar[str]
+    learns_threshold: ClassVar[bool] = False
+    balance: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(f"{self.kind} gating: balance", self.balance, low=0)
+        check_range(f"{self.kind} gating: z_loss", self.z_loss, low=0)
+
+    def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        raise NotImplementedError
+
+
+@dataclass
+class Soft(Gating):
+    """All experts, each with its own sigmoid weight, not normalised (Soft MoA; official `llama.py:637`)."""
+
+    kind: ClassVar[str] = "soft"
+
+    def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        weights = torch.sigmoid(_wide(logits))
+        return Gates(weights, weights)
+
+
+@dataclass
+class Softmax(Gating):
+    """All experts, weights summing to one (MoLoRA, HydraLoRA)."""
+
+    kind: ClassVar[str] = "softmax"
+
+    def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        weights = torch.softmax(_wide(logits), dim=-1)
+        return Gates(weights, weights)
+
+
+@dataclass
+class TopK(Gating):
+    """The ``k`` experts of highest softmax score, renormalised to sum to one (top-k MoE-LoRA)."""
+
+    kind: ClassVar[str] = "topk"
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("topk gating: k", self.k, low=1)
+
+    def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        scores = torch.softmax(_wide(logits), dim=-1)
+        values, chosen = torch.topk(scores, self.k, dim=-1)
+        return Gates(torch.zeros_like(scores).scatter(-1, chosen, _sum_to_one(values)), scores)
+
+
+@dataclass
+class Threshold(Gating):
+    """Experts whose score reaches a threshold that is learned per token (Sparse MoA; AdaMoLE).
+
+    ``Gamma = gamma_max * sigmoid(w x + b)``, or ``gamma_max`` itself if ``constant``. With scores ``s``:
+
+    - ``frozen``: weight ``s * [s >= Gamma]``. Gamma gets no gradient and stays at its random start, as in the
+      official code (`LLaMA3_sparse_moa/llama/llama.py:548-567`).
+    - ``straight-through``: the same weights; in backward the step is replaced by a sigmoid of ``s - Gamma``.
+    - ``shifted``: weight ``max(s - Gamma, 0)`` (AdaMoLE, eq. 6), continuous at the threshold.
+    - ``closed-form``: sparsegen, the Euclidean projection of ``s / (1 - Gamma)`` onto the simplex (Laha et al. 2018,
+      as in LD-MoLE), times ``sum(s)`` so that the total weight is that of Soft MoA.
+
+    Attributes:
+        gamma_max: upper end of the threshold, in (0, 1].
+        constant: use ``gamma_max`` for every token; no threshold is learned.
+        train_threshold: how the threshold learns, see above.
+        score: ``sigmoid`` (MoA) or ``softmax`` (AdaMoLE).
+        renormalise: make the weights of a token sum to one (AdaMoLE).
+    """
+
+    kind: ClassVar[str] = "threshold"
+    gamma_max: float = 0.5
+    constant: bool = False
+    train_threshold: str = "straight-through"
+    score: str = "sigmoid"
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("threshold gating: gamma_max", self.gamma_max, low=0, high=1, open_low=True)
+        check_choice("threshold gating: train_threshold", self.train_threshold, list(ESTIMATORS))
+        check_choice("threshold gating: score", self.score, ["sigmoid", "softmax"])
+
+    @property
+    def learns_threshold(self) -> bool:  # type: ignore[override]
+        return not self.constant
+
+    def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        logits = _wide(logits)
+        scores = torch.sigmoid(logits) if self.score == "sigmoid" else torch.softmax(logits, dim=-1)
+        if self.constant:
+            threshold = torch.full_like(scores[..., :1], self.gamma_max)
+        elif threshold_logit is None:
+            raise ValueError("threshold gating needs the threshold's logit for every token")
+        else:
+            threshold = self.gamma_max * torch.sigmoid(_wide(threshold_logit))
+        weights = ESTIMATORS[self.train_threshold](scores, threshold)
+        # AdaMoLE balances the part of the score above the threshold, MoA (no such loss upstream) the score itself.
+        balanced = scores - threshold if self.train_threshold == "shifted" else scores
+        return Gates(_sum_to_one(weights) if self.renormalise else weights, balanced, threshold)
+
+
+def _frozen(scores: Tensor, threshold: Tensor) -> Tensor:
+    return scores * (scores - threshold >= 0)
+
+
+def _straight_through(scores: Tensor, threshold: Tensor) -> Tensor:
+    margin = scores - threshold
+    step = (margin >= 0).to(scores.dtype)
+    smooth = torch.sigmoid(margin)
+    return scores * (step + (smooth - smooth.detach()))
+
+
+def _shifted(scores: Tensor, threshold: Tensor) -> Tensor:
+    return torch.relu(scores - threshold)
+
+
+def _closed_form(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Sparsegen: ``p_i = max((s_i - tau) / (1 - Gamma), 0)`` with tau such that the p sum to one."""
+    spread = (1 - threshold).clamp_min(1e-3)
+    ordered = scores.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    cumulative = ordered.cumsum(-1)
+    in_support = spread + rank * ordered > cumulative
+    size = in_support.sum(-1, keepdim=True)
+    tau = (cumulative.gather(-1, size - 1) - spread) / size
+    return torch.relu((scores - tau) / spread) * scores.sum(-1, keepdim=True)
+
+
+ESTIMATORS = {
+    "frozen": _frozen,
+    "straight-through": _straight_through,
+    "shifted": _shifted,
+    "closed-form": _closed_form,
+}
+
+GATINGS: dict[str, type[Gating]] = {cls.kind: cls for cls in (Soft, Softmax, TopK, Threshold)}

@@ -1,0 +1,156 @@
+"""`MoAModel`: PEFT's side of a mixture. Finds the decoder blocks, attaches routers and experts, takes them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from moa.adapters.architectures import BlockView, architecture_of, find_blocks, text_config
+from moa.adapters.block import Mixture, attach_mixture, detach_mixture
+from moa.adapters.config import MoAConfig
+from moa.adapters.experts import EXPERTS, ExpertLayer
+from moa.adapters.placement import BlockPlan, plan_block
+from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
+
+
+class MoAModel(BaseTuner):
+    """A base model with one or more mixtures attached. Users get it through ``peft.get_peft_model``.
+
+    PEFT's injection visits modules by name; MoA's targets are the decoder blocks themselves.
+    """
+
+    prefix = "moa_"
+    tuner_layer_cls = TunerLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them."""
+        kwargs["state_dict"] = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Plan every block before the first one is touched."""
+        config = text_config(model)
+        family = config.model_type
+        architecture = architecture_of(family, peft_config.architecture)
+        names = find_blocks(model, architecture)
+        for expert in peft_config.experts:
+            beyond = [layer for layer in expert.layers or [] if layer >= len(names)]
+            if beyond:
+                raise ValueError(f"{expert.kind} expert: layers={beyond}, but the model has {len(names)} blocks")
+        self._plans: dict[str, tuple[BlockView, BlockPlan]] = {}
+        for index, name in enumerate(names):
+            view = BlockView(model.get_submodule(name), index, architecture, config)
+            self._plans[name] = (view, plan_block(peft_config, view, family))
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._plans
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: MoAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Attach to one block. All blocks get the routed class, so that wrap policies by class fit them all."""
+        view, plan = self._plans[current_key]
+        mixture = attach_mixture(target, view.attention, view.index, view.hidden_size)
+        if peft_config.router is not None and plan.placements:
+            mixture.router[adapter_name] = peft_config.router
+            mixture.columns[adapter_name] = plan.columns
+            mixture.column_outputs[adapter_name] = plan.outputs
+            mixture.add_router(adapter_name, peft_config.router, peft_config.gating, max(plan.outputs) + 1)
+            mixture.finish_adapter(adapter_name, peft_config.inference_mode)
+        for placement in plan.placements:
+            expert = self._expert_at(placement, mixture)
+            expert.add_adapter(
+                adapter_name,
+                placement.expert,
+                placement.output,
+                init_weights=peft_config.init_weights,
+                inference_mode=peft_config.inference_mode,
+            )
+        for module in target.modules():
+            if isinstance(module, TunerLayer) and adapter_name not in self.active_adapters:
+                module.set_requires_grad([adapter_name], requires_grad=False)
+
+    def _expert_at(self, placement: Any, mixture: Mixture) -> ExpertLayer:
+        """The layer at a placement's site, shared by all adapters that have this kind of expert there."""
+        child = f"mixture_{placement.name}"
+        parent = placement.host.module
+        if child not in parent._modules:
+            parent.add_module(child, EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context))
+        return parent._modules[child]  # type: ignore[return-value]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, but tensors that do not fit are an error here and not a warning or half a load.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape; the message names it and both shapes.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(model, adapter_name, remapped)
+        return remapped
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_MESSAGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        if merge:
+            self._check_merge_allowed()
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, Mixture):
+                    detach_mixture(parent)
+                elif isinstance(child, ExpertLayer):
+                    child.detach()
+                    del parent._modules[name]
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)  # type: ignore[return-value]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: one batch cannot mix several Mixtures of Adapters; run one batch per adapter "
+                "and switch with set_adapter()"
+            )
+        yield
+
+
+def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:
+    """Compare ``given``, named as in ``model``, with the adapter's own tensors.
+
+    Raises:
+        ValueError: naming the first tensors that are missing, unknown, or of another shape.
+    """
+    expected = {name: t for name, t in model.state_dict().items() if f".{adapter}." in name and ".moa_" in name}
+    theirs = {name: t for name, t in given.items() if ".moa_" in name}
+    for name, tensor in theirs.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            raise ValueError(
+                f"this adapter belongs to another base model or configuration: {name} has shape "
+                f"{tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} in this model"
+            )
+    missing = sorted(expected.keys() - theirs.keys())
+    unknown = sorted(theirs.keys() - expected.keys())
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {what}, e.g. {names[0]}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise ValueError(f"the adapter's tensors do not fit its configuration: {'; '.join(parts)}")

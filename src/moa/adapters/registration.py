@@ -1,0 +1,42 @@
+"""Making ``MOA`` a PEFT method like any other.
+
+PEFT keeps its methods in a closed enum and its public ``register_peft_method`` refuses names outside it, so the enum
+gets one more member first. Nothing of PEFT is replaced or patched; everything that PEFT looks up by method name
+(saving, loading, ``AutoPeftModel``, transformers' ``load_adapter``) then finds MoA. The one thing no registration can
+do is import us: ``import moa`` has to run before an adapter is loaded.
+"""
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType, register_peft_method
+
+
+def _peft_type(name: str) -> PeftType:
+    """The member ``name`` of PEFT's enum, appended if PEFT does not have it."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+MOA = _peft_type("MOA")
+
+
+def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Tell PEFT which classes belong to ``MOA``.
+
+    Raises:
+        RuntimeError: another package has registered a different method under this name.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(MOA)
+    if known is None:
+        register_peft_method(name="moa", config_cls=config, model_cls=tuner, prefix="moa_")
+    elif (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
+        raise RuntimeError(f"PEFT already has a method called MOA, from {known.__module__}.")

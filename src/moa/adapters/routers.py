@@ -1,0 +1,102 @@
+"""Routers: from what a token looks like to one logit per expert, and through a gating rule to its weights.
+
+`RouterLayer` serves twice: as a block's router over its experts, and inside an expert as the router over its
+homogeneous copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa.adapters.auxiliary import add_auxiliary_loss
+from moa.adapters.choices import check_choice, check_range
+from moa.adapters.gating import Gates, Gating
+from moa.adapters.tuner import Attached
+
+
+@dataclass
+class Router:
+    """How the decision is made.
+
+    Attributes:
+        hidden_per_expert: 0 for one linear layer; otherwise a SwiGLU ``W2(silu(W1 x) * W3 x)`` whose hidden width is
+            this times the number of experts (official `swi_x`; 4 in the recorded runs).
+        bias: whether its linear layers have one.
+        level: ``token``; ``instance``: one decision for the text up to each token, from the running mean of the
+            router's input (causal, the same in cached decoding); ``reference-instance``: the official mean over the
+            whole sequence, padding and future included, frozen while decoding. For reproducing its numbers only.
+        input: ``block``: the block's raw input (paper, official native path); ``attention``: what the attention
+            module reads, after the norm if the family normalises first (official transformers path).
+    """
+
+    hidden_per_expert: int = 4
+    bias: bool = True
+    level: str = "token"
+    input: str = "block"
+
+    def __post_init__(self) -> None:
+        check_range("router: hidden_per_expert", self.hidden_per_expert, low=0)
+        check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
+        check_choice("router: input", self.input, ["block", "attention"])
+
+
+class RouterLayer(Attached):
+    """A router and its gating rule, one per adapter, reading ``in_features`` wide tokens."""
+
+    adapter_layer_names = ("moa_w1", "moa_w2", "moa_w3", "moa_threshold")
+    other_param_names = ("gating",)
+
+    def __init__(self, host: nn.Module, in_features: int):
+        super().__init__(host)
+        self.in_features = in_features
+        self.moa_w1 = nn.ModuleDict()
+        self.moa_w2 = nn.ModuleDict()
+        self.moa_w3 = nn.ModuleDict()
+        self.moa_threshold = nn.ModuleDict()
+        self.gating: dict[str, Gating] = {}
+
+    def add_router(self, adapter: str, router: Router, gating: Gating, n_outputs: int) -> None:
+        """Create the weights for ``adapter``: linear layers' default initialisation, biases of a SwiGLU zero."""
+        self.gating[adapter] = gating
+        hidden = router.hidden_per_expert * n_outputs
+        if hidden:
+            self.moa_w1[adapter] = nn.Linear(self.in_features, hidden, bias=router.bias)
+            self.moa_w3[adapter] = nn.Linear(self.in_features, hidden, bias=router.bias)
+        self.moa_w2[adapter] = nn.Linear(hidden or self.in_features, n_outputs, bias=router.bias)
+        if hidden and router.bias:
+            for layer in (self.moa_w1, self.moa_w2, self.moa_w3):
+                nn.init.zeros_(layer[adapter].bias)
+        if gating.learns_threshold:
+            self.moa_threshold[adapter] = nn.Linear(self.in_features, 1)
+
+    def _freeze_what_never_trains(self) -> None:
+        for adapter, threshold in self.moa_threshold.items():
+            if getattr(self.gating[adapter], "train_threshold", None) == "frozen":
+                threshold.requires_grad_(False)
+
+    def forward(self, features: Tensor, adapter: str, tokens: Tensor | None = None) -> Gates:
+        """Route.
+
+        Args:
+            features: (batch, tokens, in_features).
+            adapter: whose router.
+            tokens: (batch, tokens), True where there is text and not padding; read by the auxiliary losses only.
+
+        Returns:
+            `Gates`, each tensor (batch, tokens, outputs).
+        """
+        w2 = self.moa_w2[adapter]
+        x = self._cast_input_dtype(features, w2.weight.dtype)
+        hidden = x
+        if adapter in self.moa_w1:
+            hidden = F.silu(self.moa_w1[adapter](x)) * self.moa_w3[adapter](x)
+        logits = w2(hidden)
+        threshold = self.moa_threshold[adapter](x) if adapter in self.moa_threshold else None
+        gating = self.gating[adapter]
+        gates = gating(logits, threshold)
+        if self.training and (gating.balance or gating.z_loss):
+            gates = add_auxiliary_loss(gates, logits, tokens, gating)
+        return gates
