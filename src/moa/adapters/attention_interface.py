@@ -70,7 +70,7 @@ def _own_config(view: Any) -> PretrainedConfig:
 
 
 @functools.cache
-def _view_class(cls: type[PretrainedConfig]) -> type[PretrainedConfig]:
+def _view_class(cls: Any) -> Any:
     def implementation(self: Any) -> str | None:
         own = self._attn_implementation_internal
         return None if own is None else _register(own)
@@ -89,7 +89,7 @@ def _view_class(cls: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 def _view(config: PretrainedConfig) -> PretrainedConfig:
     """An object that shares ``config``'s attributes, both ways."""
-    view = object.__new__(_view_class(type(config)))
+    view = object.__new__(_view_class(config.__class__))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_host_config", config)
     return view

@@ -8,7 +8,7 @@ gradient comes back, starts the gradient of the auxiliary loss as well. The repo
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ def auxiliary_scale(scale: float) -> Iterator[None]:
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_like = loss.detach()
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.full_like(ctx.loss_like, _scale)
 
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ class Mixture(RouterLayer):
         hidden_size: width of the block's input.
     """
 
-    other_param_names = ("gating", "router", "columns", "column_outputs")
+    other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs")
 
     def __init__(self, block: nn.Module, attention: nn.Module | None, index: int, hidden_size: int):
         super().__init__(block, hidden_size)
@@ -126,11 +126,11 @@ class Mixture(RouterLayer):
 
 
 @functools.cache
-def _parameters_of_forward(cls: type[nn.Module]) -> list[str]:
+def _parameters_of_forward(cls: Any) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[1:]
 
 
-def bound_arguments(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name; a first positional one is always called ``hidden_states``."""
     named = dict(zip(_parameters_of_forward(cls), args, strict=False)) | kwargs
     named.setdefault("hidden_states", args[0] if args else None)
@@ -140,7 +140,7 @@ def bound_arguments(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[st
 
 
 @functools.cache
-def routed_class(base: type[nn.Module]) -> type[nn.Module]:
+def routed_class(base: Any) -> Any:
     """The subclass of a decoder block's class that routes; under the same name, so that whoever looks blocks up by
     class name (device maps, FSDP's wrap policies, output recording) still finds them.
     """
@@ -156,12 +156,12 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: Any, protocol: int) -> Any:
         return _new_routed, (base,), self.__dict__
 
-    namespace = {"forward": forward, "__reduce_ex__": __reduce_ex__, "unrouted_class": base}
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), namespace | names)
+    namespace: dict[str, Any] = {"forward": forward, "__reduce_ex__": __reduce_ex__, "unrouted_class": base}
+    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), namespace)
 
 
-def _new_routed(base: type[nn.Module]) -> nn.Module:
+def _new_routed(base: Any) -> nn.Module:
     cls = routed_class(base)
     return cls.__new__(cls)
 
@@ -170,7 +170,7 @@ def attach_mixture(block: nn.Module, attention: nn.Module | None, index: int, hi
     """The block's `Mixture`, created if it has none."""
     if "mixture" not in block._modules:
         block.mixture = Mixture(block, attention, index, hidden_size)
-        block.__class__ = routed_class(type(block))
+        block.__class__ = routed_class(block.__class__)
         _rebind_forward(block)
     return block.mixture  # type: ignore[return-value]
 
@@ -188,4 +188,4 @@ def _rebind_forward(block: nn.Module) -> None:
     for name in ("_old_forward", "forward"):
         method = block.__dict__.get(name)
         if isinstance(method, types.MethodType) and method.__self__ is block and method.__name__ == "forward":
-            block.__dict__[name] = types.MethodType(type(block).forward, block)
+            block.__dict__[name] = types.MethodType(type(block).forward, block)  # type: ignore[attr-defined]

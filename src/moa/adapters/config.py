@@ -56,9 +56,9 @@ class MoAConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        self.task_type: str = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = MOA
-        self.task_type = self.task_type or "CAUSAL_LM"
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter was saved in MoA format {self.format_version}, but this release reads formats up to "

@@ -106,12 +106,12 @@ def _state_of(past: Any) -> dict[tuple[int, str], dict[str, Any]]:
     """The running state on a cache, whose batch rows will from now on be moved together with the cache's."""
     if _STATE not in past.__dict__:
         past.__dict__[_STATE] = {}
-        past.__class__ = _remembering_class(type(past))
+        past.__class__ = _remembering_class(past.__class__)
     return past.__dict__[_STATE]
 
 
 @functools.cache
-def _remembering_class(base: type) -> type:
+def _remembering_class(base: Any) -> Any:
     """A cache class that carries running means along when rows are reordered, repeated, selected or reset."""
 
     def rows(method: str, move: Any) -> Any:
@@ -124,9 +124,9 @@ def _remembering_class(base: type) -> type:
 
     def reset(self: Any) -> Any:
         self.__dict__[_STATE].clear()
-        return base.reset(self)  # type: ignore[attr-defined]
+        return base.reset(self)
 
-    namespace = {
+    namespace: dict[str, Any] = {
         "reorder_cache": rows("reorder_cache", lambda t, index: t.index_select(0, index.to(t.device))),
         "batch_repeat_interleave": rows("batch_repeat_interleave", lambda t, n: t.repeat_interleave(n, dim=0)),
         "batch_select_indices": rows("batch_select_indices", lambda t, index: t[index]),
@@ -136,6 +136,6 @@ def _remembering_class(base: type) -> type:
     return type(base.__name__, (base,), namespace | {"__module__": base.__module__})
 
 
-def _new_remembering(base: type) -> Any:
+def _new_remembering(base: Any) -> Any:
     cls = _remembering_class(base)
     return cls.__new__(cls)

@@ -82,7 +82,7 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
 
 
 def _with(expert: Any, settings: dict[str, Any]) -> Any:
-    if not dataclasses.is_dataclass(expert):
+    if not isinstance(expert, ExpertConfig):
         return expert
     names = {field.name for field in dataclasses.fields(expert)}
     return dataclasses.replace(expert, **{key: value for key, value in settings.items() if key in names})

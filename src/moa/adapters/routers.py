@@ -7,6 +7,7 @@ homogeneous copies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ class Router:
 class RouterLayer(Attached):
     """A router and its gating rule, one per adapter, reading ``in_features`` wide tokens."""
 
-    adapter_layer_names = ("moa_w1", "moa_w2", "moa_w3", "moa_threshold")
-    other_param_names = ("gating",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_w1", "moa_w2", "moa_w3", "moa_threshold")
+    other_param_names: ClassVar[tuple[str, ...]] = ("gating",)
 
     def __init__(self, host: nn.Module, in_features: int):
         super().__init__(host)

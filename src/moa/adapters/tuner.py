@@ -8,7 +8,7 @@ parameters one level below must, and modules keyed by adapter name must hold the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,8 +30,8 @@ class Attached(nn.Module, TunerLayer):
     weight = None
     bias = None
 
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, host: nn.Module):
         super().__init__()

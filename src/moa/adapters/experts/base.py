@@ -95,7 +95,7 @@ class ExpertLayer(Attached):
     """
 
     config: ClassVar[type[ExpertConfig]]
-    other_param_names = ("output",)
+    other_param_names: ClassVar[tuple[str, ...]] = ("output",)
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(host.module)

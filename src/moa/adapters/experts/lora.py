@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ class LoraLayer(ExpertLayer):
     """Weights: ``moa_A`` (copies * r, in), or (r, in) if the copies share it; ``moa_B`` (out, copies * r)."""
 
     config = LoraExpert
-    adapter_layer_names = ("moa_A", "moa_B", "moa_dropout")
-    other_param_names = (*ExpertLayer.other_param_names, "scaling")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_A", "moa_B", "moa_dropout")
+    other_param_names: ClassVar[tuple[str, ...]] = (*ExpertLayer.other_param_names, "scaling")
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)

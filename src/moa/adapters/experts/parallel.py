@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class ParallelLayer(ExpertLayer):
     """Weights: ``moa_down``, a linear layer to (copies *) size, and ``moa_up``, an `UpProjection`."""
 
     config = ParallelExpert
-    adapter_layer_names = ("moa_down", "moa_up")
-    other_param_names = (*ExpertLayer.other_param_names, "activation")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_down", "moa_up")
+    other_param_names: ClassVar[tuple[str, ...]] = (*ExpertLayer.other_param_names, "activation")
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)

@@ -13,7 +13,7 @@ interface; logit soft-capping (Gemma 2) and attention sinks (gpt-oss) act on the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class PromptLayer(ExpertLayer):
     """Weights: ``moa_prompt``, a `Prompt`."""
 
     config = PromptExpert
-    adapter_layer_names = ("moa_prompt",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_prompt",)
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
@@ -82,7 +82,7 @@ class PromptLayer(ExpertLayer):
 
     def after_attention(self, attention: nn.Module, query: Tensor, scaling: float | None, output: Tensor) -> Tensor:
         """Add this expert to the interface's ``output`` (batch, tokens, heads, width)."""
-        arguments = self.context.notes.get(id(self))
+        arguments: dict[str, Any] = self.context.notes.get(id(self), {})
         for adapter in self.enabled(self.moa_prompt):
             prompt, head_gate = self.moa_prompt[adapter]()
             key, value = self._keys_and_values(attention, prompt, arguments)
@@ -98,7 +98,7 @@ class PromptLayer(ExpertLayer):
     ) -> tuple[Tensor, Tensor]:
         """Prompt (length, hidden) -> key and value, each (kv_heads, length, width)."""
         tokens = prompt.to(arguments["hidden_states"].dtype).unsqueeze(0)
-        probe = {
+        probe: dict[str, Any] = {
             name: value
             for name, value in arguments.items()
             if isinstance(value, bool) and name in ("output_attentions", "use_cache")
