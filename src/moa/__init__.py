@@ -2,14 +2,17 @@
 
 import moa.adapters  # noqa: F401  (registers MOA with PEFT)
 from moa.adapters.config import MoAConfig
-from moa.adapters.experts import Copies, LoraExpert, ParallelExpert, PromptExpert
+from moa.adapters.experts import Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Soft, Softmax, Threshold, TopK
 from moa.adapters.presets import preset
+from moa.adapters.reference import reference_config
+from moa.adapters.reference_weights import load_reference
 from moa.adapters.routers import Router
 from moa.adapters.telemetry import gate_values
 
 __all__ = [
     "Copies",
+    "Ia3Expert",
     "LoraExpert",
     "MoAConfig",
     "ParallelExpert",
@@ -20,5 +23,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "gate_values",
+    "load_reference",
     "preset",
+    "reference_config",
 ]

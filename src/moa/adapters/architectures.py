@@ -40,6 +40,7 @@ class Architecture:
         q, k, v, o, gate, up, down: linear projections; several may name the same fused module.
         mlp: the feed-forward module, or ``"first..last"`` where the block calls its layers itself.
         qkv_layout: ``"concatenated"``, ``"per_head"`` (GPT-NeoX) or ``"falcon"`` if q, k and v are fused.
+        mask_hides: True in a block's boolean attention mask means "hidden" and not, as elsewhere, "visible".
     """
 
     blocks: str = "layers"
@@ -53,6 +54,7 @@ class Architecture:
     down: str | None = "mlp.down_proj"
     mlp: str | None = "mlp"
     qkv_layout: str | None = None
+    mask_hides: bool = False
 
 
 LLAMA = Architecture()
@@ -148,6 +150,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         down="ffn.down_proj",
         mlp="ffn",
         qkv_layout="concatenated",
+        mask_hides=True,
     ),
 }
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from moa.adapters import pooling
+from moa.adapters.architectures import BlockView
 from moa.adapters.gating import Gates
 from moa.adapters.routers import Router, RouterLayer
 
@@ -67,27 +68,21 @@ class BlockContext(threading.local):
 
 
 class Mixture(RouterLayer):
-    """The router of one decoder block, attached to it as ``mixture``, and the context it shares with its experts.
-
-    Args:
-        block: the decoder block.
-        attention: its attention module, whose input routers with ``input="attention"`` read.
-        index: the block's number.
-        hidden_size: width of the block's input.
-    """
+    """The router of one decoder block, attached to it as ``mixture``, and the context it shares with its experts."""
 
     other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs")
 
-    def __init__(self, block: nn.Module, attention: nn.Module | None, index: int, hidden_size: int):
-        super().__init__(block, hidden_size)
-        self.index = index
+    def __init__(self, view: BlockView):
+        super().__init__(view.module, view.hidden_size)
+        self.index = view.index
+        self.mask_hides = view.architecture.mask_hides
         self.context = BlockContext()
         self.router: dict[str, Router] = {}
         self.columns: dict[str, list[str]] = {}
         self.column_outputs: dict[str, list[int]] = {}
         self._handles = []
-        if attention is not None:
-            self._handles.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        if view.attention is not None:
+            self._handles.append(view.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
 
     def open(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size) with its other arguments."""
@@ -101,7 +96,7 @@ class Mixture(RouterLayer):
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.context.is_open and not self.context.bypassed and self.enabled(self.router):
-            arguments = bound_arguments(type(attention), args, kwargs)
+            arguments = bound_arguments(self._attention_parameters, args, kwargs)
             self._route(arguments["hidden_states"], "attention", arguments)
 
     def _route(self, features: Tensor, stage: str, arguments: dict[str, Any]) -> None:
@@ -110,7 +105,10 @@ class Mixture(RouterLayer):
             return
         past = arguments.get("past_key_values")
         if any(self._needs_tokens(name) for name in adapters):
-            self.context.tokens = pooling.text_positions(features, arguments.get("attention_mask"), past, self.index)
+            mask = arguments.get("attention_mask")
+            if self.mask_hides and mask is not None:
+                mask = ~mask
+            self.context.tokens = pooling.text_positions(features, mask, past, self.index)
         for name in adapters:
             pooled = pooling.pool(features, self.router[name].level, self.context.tokens, past, (self.index, name))
             gates: Gates = self(pooled, name, self.context.tokens)
@@ -125,14 +123,14 @@ class Mixture(RouterLayer):
             handle.remove()
 
 
-@functools.cache
-def _parameters_of_forward(cls: Any) -> list[str]:
+def parameters_of_forward(cls: type[nn.Module]) -> list[str]:
+    """Names of what the class's ``forward`` can be called with, for `bound_arguments`; not to be asked per call."""
     return list(inspect.signature(cls.forward).parameters)[1:]
 
 
-def bound_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name; a first positional one is always called ``hidden_states``."""
-    named = dict(zip(_parameters_of_forward(cls), args, strict=False)) | kwargs
+    named = dict(zip(parameters, args, strict=False)) | kwargs
     named.setdefault("hidden_states", args[0] if args else None)
     if "past_key_values" not in named and "layer_past" in named:
         named["past_key_values"] = named["layer_past"]
@@ -145,8 +143,10 @@ def routed_class(base: Any) -> Any:
     class name (device maps, FSDP's wrap policies, output recording) still finds them.
     """
 
+    parameters = parameters_of_forward(base)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = bound_arguments(base, args, kwargs)
+        arguments = bound_arguments(parameters, args, kwargs)
         self.mixture.open(arguments["hidden_states"], arguments)
         try:
             return base.forward(self, *args, **kwargs)
@@ -166,10 +166,11 @@ def _new_routed(base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach_mixture(block: nn.Module, attention: nn.Module | None, index: int, hidden_size: int) -> Mixture:
+def attach_mixture(view: BlockView) -> Mixture:
     """The block's `Mixture`, created if it has none."""
+    block = view.module
     if "mixture" not in block._modules:
-        block.mixture = Mixture(block, attention, index, hidden_size)
+        block.mixture = Mixture(view)
         block.__class__ = routed_class(block.__class__)
         _rebind_forward(block)
     return block.mixture  # type: ignore[return-value]

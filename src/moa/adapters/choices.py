@@ -20,6 +20,16 @@ def check_choice(what: str, value: Any, allowed: Collection[str]) -> None:
         raise ValueError(f"{what}={value!r} is not one of {sorted(allowed)}{nearest(value, allowed)}")
 
 
+def check_names(what: str, names: Any, allowed: Collection[str]) -> None:
+    """Raise ValueError unless ``names`` lists one or more of ``allowed``, each once."""
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{what}={names!r} must be a list of {list(allowed)}")
+    for name in names:
+        check_choice(what, name, allowed)
+        if list(names).count(name) > 1:
+            raise ValueError(f"{what}={names!r} names {name!r} twice")
+
+
 def check_range(what: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> None:
     """Raise ValueError unless ``low <= value <= high`` (``low < value`` if ``open_low``)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -45,11 +55,16 @@ def build(what: str, classes: Mapping[str, type], given: Any) -> Any:
 
 def from_fields(what: str, cls: type, fields: Mapping[str, Any]) -> Any:
     """``cls(**fields)``; an unknown field is a ValueError that offers the nearest valid one."""
+    check_fields(what, cls, fields)
+    return cls(**fields)
+
+
+def check_fields(what: str, cls: type, names: Iterable[str]) -> None:
+    """Raise ValueError unless every one of ``names`` is a field of the dataclass ``cls``."""
     allowed = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
+    for name in names:
         if name not in allowed:
             raise ValueError(f"{what} has no field {name!r}{nearest(name, allowed)}; its fields are {allowed}")
-    return cls(**fields)
 
 
 def plain(value: Any) -> Any:

@@ -6,19 +6,30 @@ logits become weights). Each is a small dataclass; all of them survive a round t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from moa.adapters.architectures import Architecture
-from moa.adapters.choices import build, from_fields, plain
+from moa.adapters.choices import build, check_fields, check_range, from_fields, plain
 from moa.adapters.experts import EXPERTS, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import GATINGS, Soft
 from moa.adapters.registration import MOA
 from moa.adapters.routers import Router
 
 FORMAT_VERSION = 1
+
+CARD_NOTE = """This adapter is a Mixture of Adapters (MoA). PEFT knows the method once `moa` is imported:
+
+```python
+import moa
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
+```
+"""
 
 
 def _paper_experts() -> list[ExpertConfig]:
@@ -55,15 +66,18 @@ class MoAConfig(PeftConfig):
     init_weights: bool = True
     format_version: int = FORMAT_VERSION
 
+    def __new__(cls, *args: Any, **given: Any) -> MoAConfig:
+        """Refuse what ``__init__`` does not know before it can: PEFT takes its TypeError for a file of a newer PEFT,
+        and drops the unknown keys with no more than a warning.
+        """
+        _check_format(given.get("format_version", FORMAT_VERSION))
+        check_fields("MoAConfig", cls, given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.task_type: str = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = MOA
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"this adapter was saved in MoA format {self.format_version}, but this release reads formats up to "
-                f"{FORMAT_VERSION}: upgrade moa to load it"
-            )
         kinds = {kind: expert.config for kind, expert in EXPERTS.items()}
         self.experts = [build("experts", kinds, expert) for expert in self.experts]
         if not self.experts:
@@ -75,4 +89,20 @@ class MoAConfig(PeftConfig):
             from_fields("architecture", Architecture, self.architecture)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: plain(value) for name, value in vars(self).items()}
+        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; besides, the model card that PEFT may have written there says that ``moa`` must be imported."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and CARD_NOTE.strip() not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(f"{text.rstrip()}\n\n### How to load\n\n{CARD_NOTE}", encoding="utf-8")
+
+
+def _check_format(version: Any) -> None:
+    check_range("format_version", version, low=1)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this adapter was saved in MoA format {version}, but this release reads formats up to {FORMAT_VERSION}: "
+            "upgrade moa to load it"
+        )

@@ -40,7 +40,7 @@ def _sum_to_one(weights: Tensor) -> Tensor:
     return weights / torch.where(total == 0, torch.ones_like(total), total)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Gating:
     """Base of all rules.
 

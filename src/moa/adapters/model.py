@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -65,7 +66,7 @@ class MoAModel(BaseTuner):
     ) -> None:
         """Attach to one block. All blocks get the routed class, so that wrap policies by class fit them all."""
         view, plan = self._plans[current_key]
-        mixture = attach_mixture(target, view.attention, view.index, view.hidden_size)
+        mixture = attach_mixture(view)
         if peft_config.router is not None and plan.placements:
             mixture.router[adapter_name] = peft_config.router
             mixture.columns[adapter_name] = plan.columns
@@ -137,7 +138,8 @@ def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> N
     Raises:
         ValueError: naming the first tensors that are missing, unknown, or of another shape.
     """
-    expected = {name: t for name, t in model.state_dict().items() if f".{adapter}." in name and ".moa_" in name}
+    own = re.compile(rf"\.moa_\w+\.{re.escape(adapter)}\.")  # an adapter may be called what a module is called
+    expected = {name: t for name, t in model.state_dict().items() if own.search(name)}
     theirs = {name: t for name, t in given.items() if ".moa_" in name}
     for name, tensor in theirs.items():
         if name in expected and expected[name].shape != tensor.shape:

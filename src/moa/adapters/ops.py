@@ -24,25 +24,20 @@ def combine(gate: Tensor | None, route: Tensor | None) -> Tensor | None:
     return gate * route
 
 
-def lora(x: Tensor, a: Tensor, b: Tensor, scaling: float, weights: Tensor | None) -> Tensor:
-    """``scaling * B (w * (A x))``, with ``w`` over rank blocks (paper, section 3; official `llama.py:118-123`).
+def rank_space(low: Tensor, width: int, weights: Tensor | None) -> Tensor:
+    """``w * (A x)``, with ``w`` over rank blocks (paper, section 3; official `llama.py:118-123`).
 
     Args:
-        x: (..., in).
-        a: (rank, in), the copies' A matrices one below the other, or a single one that they share.
-        b: (out, copies * r), the copies' B matrices side by side.
-        scaling: alpha / r, or alpha / sqrt(r).
+        low: ``A x``, (..., copies * r), or (..., r) if the copies share one A.
+        width: copies * r.
         weights: (..., copies), (..., 1), or None for no gate.
 
     Returns:
-        (..., out).
+        (..., width), what the copies' B matrices side by side read.
     """
-    low = F.linear(x, a)
-    if low.shape[-1] != b.shape[-1]:  # one A for all copies
-        low = _tile(low, b.shape[-1])
-    if weights is not None:
-        low = low * spread(weights, low.shape[-1]).to(low.dtype)
-    return F.linear(low * scaling, b)
+    if low.shape[-1] != width:  # one A for all copies
+        low = _tile(low, width)
+    return low if weights is None else low * spread(weights, width).to(low.dtype)
 
 
 def _tile(low: Tensor, width: int) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.adapters.architectures import Host
@@ -58,7 +59,7 @@ class Copies:
             raise ValueError(f"copies: top-k gating with k={self.gating.k} needs at least that many copies")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExpertConfig:
     """What every kind of expert can be told.
 
@@ -134,6 +135,14 @@ class ExpertLayer(Attached):
             return None
         gates: Gates = copies(x, adapter, self.context.tokens)
         return gates.weights.to(x.dtype)
+
+    def in_place_of_part(self, delta: Tensor) -> Tensor:
+        """What is meant for one part of a fused projection -> full width, with zeros for its other parts."""
+        part = self.place.part
+        if part is None:
+            return delta
+        slots = delta.unflatten(-1, (part.groups, part.stop - part.start, -1))
+        return F.pad(slots, (0, 0, part.start, part.slots - part.stop)).flatten(-3)
 
     def add_hook(self, module: nn.Module, before: Any = None, after: Any = None) -> None:
         """Hook ``module`` with bound methods (they survive deepcopy and pickling); `detach` removes them."""

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.adapters import ops
 from moa.adapters.architectures import PROJECTIONS, Host
 from moa.adapters.block import BlockContext
-from moa.adapters.choices import check_choice, check_range
+from moa.adapters.choices import check_names, check_range
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, first_argument
 
 
@@ -40,12 +39,7 @@ class LoraExpert(ExpertConfig):
         check_range("lora expert: r", self.r, low=1)
         check_range("lora expert: alpha", self.alpha, low=0, open_low=True)
         check_range("lora expert: dropout", self.dropout, low=0, high=1)
-        if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"lora expert: targets={self.targets!r} must be a list of {list(PROJECTIONS)}")
-        for target in self.targets:
-            check_choice("lora expert: target", target, PROJECTIONS)
-        if len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"lora expert: targets={self.targets} names a projection twice")
+        check_names("lora expert: targets", self.targets, PROJECTIONS)
 
     @property
     def scaling(self) -> float:
@@ -87,17 +81,9 @@ class LoraLayer(ExpertLayer):
         if self.context.bypassed:
             return output
         for adapter in self.enabled(self.moa_A):
-            a, b = self.moa_A[adapter].weight, self.moa_B[adapter].weight
-            x = self._cast_input_dtype(first_argument(args, kwargs), a.dtype)
-            weights = self.weights(adapter, x)
-            delta = ops.lora(self.moa_dropout[adapter](x), a, b, self.scaling[adapter], weights)
-            output = output + self._in_place_of_part(delta).to(output.dtype)
+            a, b = self.moa_A[adapter], self.moa_B[adapter]  # called, not read: offloading and ZeRO-3 fetch weights so
+            x = self._cast_input_dtype(first_argument(args, kwargs), a.weight.dtype)
+            low = ops.rank_space(a(self.moa_dropout[adapter](x)), b.in_features, self.weights(adapter, x))
+            delta = b(low * self.scaling[adapter])
+            output = output + self.in_place_of_part(delta).to(output.dtype)
         return output
-
-    def _in_place_of_part(self, delta: Tensor) -> Tensor:
-        """Zeros for the rows of a fused projection that belong to its other parts."""
-        part = self.place.part
-        if part is None:
-            return delta
-        slots = delta.unflatten(-1, (part.groups, part.stop - part.start, -1))
-        return F.pad(slots, (0, 0, part.start, part.slots - part.stop)).flatten(-3)

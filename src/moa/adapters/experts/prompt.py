@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moa.adapters import attention_interface, ops
 from moa.adapters.architectures import Host
-from moa.adapters.block import BlockContext, bound_arguments
+from moa.adapters.block import BlockContext, bound_arguments, parameters_of_forward
 from moa.adapters.choices import check_range
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 
@@ -68,6 +68,7 @@ class PromptLayer(ExpertLayer):
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
         self.moa_prompt = nn.ModuleDict()
+        self._parameters = parameters_of_forward(type(host.module))
         attention_interface.install(host.module)
         self.add_hook(host.module, before=self._before_attention)
 
@@ -78,7 +79,7 @@ class PromptLayer(ExpertLayer):
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.context.bypassed:
-            self.context.notes[id(self)] = bound_arguments(type(attention), args, kwargs)
+            self.context.notes[id(self)] = bound_arguments(self._parameters, args, kwargs)
 
     def after_attention(self, attention: nn.Module, query: Tensor, scaling: float | None, output: Tensor) -> Tensor:
         """Add this expert to the interface's ``output`` (batch, tokens, heads, width)."""
