@@ -82,6 +82,7 @@ class Mixture(RouterLayer):
         self.column_outputs: dict[str, list[int]] = {}
         self._handles = []
         if view.attention is not None:
+            self._attention_parameters = parameters_of_forward(type(view.attention))
             self._handles.append(view.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
 
     def open(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
@@ -142,7 +143,6 @@ def routed_class(base: Any) -> Any:
     """The subclass of a decoder block's class that routes; under the same name, so that whoever looks blocks up by
     class name (device maps, FSDP's wrap policies, output recording) still finds them.
     """
-
     parameters = parameters_of_forward(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -45,7 +45,7 @@ class MoAConfig(PeftConfig):
     Attributes:
         experts: what sits in every block, e.g. ``[LoraExpert(targets=["q", "v"], r=8), ParallelExpert(size=16)]``.
         router: one per block, shared by its experts. None: no router, every expert is simply added.
-        gating: ``"soft"``, ``"softmax"``, ``"topk"``, ``"threshold"``, or an object such as ``Threshold(gamma_max=0.2)``.
+        gating: ``"soft"``, ``"softmax"``, ``"topk"``, ``"threshold"``, or e.g. ``Threshold(gamma_max=0.2)``.
         architecture: module paths of a model family that MoA does not know, see `moa.adapters.architectures`.
         modules_to_save: modules outside of the mixture to train and save in full, as in PEFT.
         init_weights: start as the base model, bit for bit. False draws every weight at random (for tests).

@@ -1,4 +1,4 @@
-"""`MoAModel`, PEFT's side of a mixture: finds the decoder blocks, attaches routers and experts, takes them off again."""
+"""`MoAModel`, PEFT's side of a mixture: finds the decoder blocks, attaches routers and experts, takes them off."""
 
 from __future__ import annotations
 

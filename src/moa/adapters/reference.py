@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moa.adapters.choices import check_choice, check_range, nearest
@@ -74,6 +74,7 @@ class Variant:
         level: see `Router`.
         input: see `Router`.
         without: targets that the file does not know.
+        shared_gates: kind of expert -> the gate that all its sites have in common; other kinds: one for every site.
     """
 
     defaults: Mapping[str, Any]
@@ -82,6 +83,7 @@ class Variant:
     level: str = "token"
     input: str = "block"
     without: tuple[str, ...] = ()
+    shared_gates: Mapping[str, str] = field(default_factory=dict)
 
 
 def _soft(settings: Mapping[str, Any]) -> Gating:
@@ -115,13 +117,18 @@ def _sparse(settings: Mapping[str, Any]) -> Gating:
 
 
 INSTANCE = "reference-instance"
+# The adapter's gate is computed with the prompt's layer (`LLaMA3_UniPEFT/llama/llama.py:633-635`).
+UNIPEFT_GATES = {"lora": "lora", "prompt": "prompt", "parallel": "prompt"}
+
 VARIANTS: dict[str, Variant] = {
     "soft": Variant(TRANSFORMERS, _soft, input="attention"),
     "sparse": Variant(TRANSFORMERS, _frozen_threshold, input="attention"),
     "LLaMA3_soft_moa": Variant(NATIVE, _soft, _softmax),
     "LLaMA3_sparse_moa": Variant(NATIVE, _frozen_threshold),
     "LLaMA3_soft_moa_instance": Variant(NATIVE, _soft, _softmax, level=INSTANCE, without=("FFN_GATE",)),
-    "LLaMA3_UniPEFT": Variant(NATIVE, _soft, _softmax, level=INSTANCE, without=("FFN_GATE",)),
+    "LLaMA3_UniPEFT": Variant(
+        NATIVE, _soft, _softmax, level=INSTANCE, without=("FFN_GATE",), shared_gates=UNIPEFT_GATES
+    ),
     "LLaMA3_soft_moe": Variant(NATIVE, None, _softmax, without=("FFN_GATE",)),
     "LLaMA3_sparse_moe": Variant(NATIVE, None, _sparse, without=("FFN_GATE",)),
 }
@@ -149,18 +156,15 @@ def reference_config(variant: str, settings: Mapping[str, Any]) -> MoAConfig:
     check_choice("variant", variant, VARIANTS)
     kind = VARIANTS[variant]
     given = _resolved(kind, settings)
-    if variant == "LLaMA3_UniPEFT":
-        _check_unipeft(given)
-        lora, prompt, parallel = {"gate": "lora"}, {"gate": "prompt"}, {"gate": "prompt"}  # `llama.py:633-635`
-        router: Router | None = Router(hidden_per_expert=0, level=kind.level)
-    else:
-        lora, prompt, parallel = {}, {}, {}
-        router = Router(hidden_per_expert=given["swi_x"], level=kind.level, input=kind.input)
-    experts = [*_lora(variant, given, lora), *_prompt(kind, given, prompt), *_parallel(kind, given, parallel)]
+    experts = [*_lora(variant, given), *_prompt(kind, given), *_parallel(kind, given)]
     if not experts:
         raise ValueError(f"these settings of {variant} put no expert into any layer; set e.g. lora_layers='0-32'")
     if kind.gating is None:
         return MoAConfig(experts=experts, router=None)
+    if kind.shared_gates:
+        _check_unipeft(given)
+    width = 0 if kind.shared_gates else given["swi_x"]
+    router = Router(hidden_per_expert=width, level=kind.level, input=kind.input)
     return MoAConfig(experts=experts, router=router, gating=kind.gating(given))
 
 
@@ -198,46 +202,47 @@ def layer_range(name: str, spans: str | None) -> list[int] | None:
         raise ValueError(f"{name}={spans!r} must be ranges of layers such as '0-32' or '0-8,24-32'") from None
 
 
-def _lora(variant: str, given: Mapping[str, Any], fields: dict[str, Any]) -> list[ExpertConfig]:
-    layers = layer_range("lora_layers", given["lora_layers"])
-    if layers == []:
-        return []
+def _lora(variant: str, given: Mapping[str, Any]) -> list[ExpertConfig]:
     kind = VARIANTS[variant]
-    names = [name.strip() for name in given["lora_targets"].split(",")]
-    for name in names:
-        check_choice("lora_targets", name, TARGETS)
-    if kind.level == INSTANCE and variant != "LLaMA3_UniPEFT" and set(names) & set(kind.without):
-        raise ValueError(f"{variant} has no expert for {list(kind.without)} but an output of its router; leave it out")
-    targets = [TARGETS[name] for name in names if name not in kind.without]
-    if not targets:
+    layers, targets = layer_range("lora_layers", given["lora_layers"]), _targets(variant, given["lora_targets"])
+    if layers == [] or not targets:
         return []
     sparse = kind.copies is _sparse
     gating = Softmax() if kind.copies is None or given["expert_num"] == 1 else kind.copies(given)
     copies = Copies(given["expert_num"], shared=bool(given["hydra_moe"]) and not sparse, gating=gating, bias=sparse)
-    lora = LoraExpert(targets=targets, r=given["lora_rank"], alpha=given["lora_alpha"], layers=layers, copies=copies)
-    return [_with(lora, fields)]
+    gate = kind.shared_gates.get("lora")
+    return [
+        LoraExpert(
+            targets=targets, r=given["lora_rank"], alpha=given["lora_alpha"], layers=layers, gate=gate, copies=copies
+        )
+    ]
 
 
-def _prompt(kind: Variant, given: Mapping[str, Any], fields: dict[str, Any]) -> list[ExpertConfig]:
-    layers = layer_range("prompt_layers", given["prompt_layers"])
-    if layers == [] or given["prompt_len"] is None:
+def _targets(variant: str, targets: str) -> list[str]:
+    """Our names of ``"Q,K,..."``, without those that the official file silently leaves out."""
+    kind, names = VARIANTS[variant], [name.strip() for name in targets.split(",")]
+    for name in names:
+        check_choice("lora_targets", name, TARGETS)
+    if kind.gating is not None and not kind.shared_gates and set(names) & set(kind.without):
+        # Its router has an output for them that gates nothing, and a width to match.
+        raise ValueError(f"lora_targets={targets!r}: {variant} cannot adapt {list(kind.without)}; leave it out")
+    return [TARGETS[name] for name in names if name not in kind.without]
+
+
+def _prompt(kind: Variant, given: Mapping[str, Any]) -> list[ExpertConfig]:
+    layers, length = layer_range("prompt_layers", given["prompt_layers"]), given["prompt_len"]
+    if layers == [] or length is None:
         return []
     copies = Copies(given["expert_num"], bias=True)
-    return [_with(PromptExpert(length=given["prompt_len"], layers=layers, copies=copies), fields)]
+    return [PromptExpert(length=length, layers=layers, gate=kind.shared_gates.get("prompt"), copies=copies)]
 
 
-def _parallel(kind: Variant, given: Mapping[str, Any], fields: dict[str, Any]) -> list[ExpertConfig]:
-    layers = layer_range("p_adapter_layers", given["p_adapter_layers"])
+def _parallel(kind: Variant, given: Mapping[str, Any]) -> list[ExpertConfig]:
+    layers, size = layer_range("p_adapter_layers", given["p_adapter_layers"]), given["p_adapter_size"]
     if layers == []:
         return []
     copies = Copies(given["expert_num"], shared=bool(given["p_adapter_hydra"]), bias=True)
-    return [_with(ParallelExpert(size=given["p_adapter_size"], layers=layers, copies=copies), fields)]
-
-
-def _with(expert: ExpertConfig, fields: dict[str, Any]) -> ExpertConfig:
-    for name, value in fields.items():
-        setattr(expert, name, value)
-    return expert
+    return [ParallelExpert(size=size, layers=layers, gate=kind.shared_gates.get("parallel"), copies=copies)]
 
 
 def _check_unipeft(given: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ class PromptLayer(ExpertLayer):
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
         self.moa_prompt = nn.ModuleDict()
-        self._parameters = parameters_of_forward(type(host.module))
+        self._attention_parameters = parameters_of_forward(type(host.module))
         attention_interface.install(host.module)
         self.add_hook(host.module, before=self._before_attention)
 
@@ -79,7 +79,7 @@ class PromptLayer(ExpertLayer):
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.context.bypassed:
-            self.context.notes[id(self)] = bound_arguments(self._parameters, args, kwargs)
+            self.context.notes[id(self)] = bound_arguments(self._attention_parameters, args, kwargs)
 
     def after_attention(self, attention: nn.Module, query: Tensor, scaling: float | None, output: Tensor) -> Tensor:
         """Add this expert to the interface's ``output`` (batch, tokens, heads, width)."""
