@@ -70,7 +70,7 @@ class BlockContext(threading.local):
 class Mixture(RouterLayer):
     """The router of one decoder block, attached to it as ``mixture``, and the context it shares with its experts."""
 
-    other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs")
+    other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs", "auxiliary")
 
     def __init__(self, view: BlockView):
         super().__init__(view.module, view.hidden_size)
@@ -80,6 +80,7 @@ class Mixture(RouterLayer):
         self.router: dict[str, Router] = {}
         self.columns: dict[str, list[str]] = {}
         self.column_outputs: dict[str, list[int]] = {}
+        self.auxiliary: dict[str, bool] = {}  # whether this router, or one over an expert's copies, has such a loss
         self._handles = []
         if view.attention is not None:
             self._attention_parameters = parameters_of_forward(type(view.attention))
@@ -89,6 +90,8 @@ class Mixture(RouterLayer):
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size) with its other arguments."""
         self.context.clear()
         self.context.is_open = True
+        if self._needs_tokens():
+            self.context.tokens = self._text_positions(hidden, arguments)
         if self.enabled(self.router):
             self._route(hidden, "block", arguments)
 
@@ -105,19 +108,19 @@ class Mixture(RouterLayer):
         if not adapters:
             return
         past = arguments.get("past_key_values")
-        if any(self._needs_tokens(name) for name in adapters):
-            mask = arguments.get("attention_mask")
-            if self.mask_hides and mask is not None:
-                mask = ~mask
-            self.context.tokens = pooling.text_positions(features, mask, past, self.index)
         for name in adapters:
             pooled = pooling.pool(features, self.router[name].level, self.context.tokens, past, (self.index, name))
             gates: Gates = self(pooled, name, self.context.tokens)
             self.context.gates[name] = gates.weights
 
-    def _needs_tokens(self, adapter: str) -> bool:
-        gating = self.gating[adapter]
-        return self.router[adapter].level == "instance" or (self.training and (gating.balance > 0 or gating.z_loss > 0))
+    def _needs_tokens(self) -> bool:
+        return any(self.router[name].level == "instance" for name in self.enabled(self.router))
+
+    def _text_positions(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        mask = arguments.get("attention_mask")
+        if self.mask_hides and mask is not None:
+            mask = ~mask
+        return pooling.text_positions(hidden, mask, arguments.get("past_key_values"), self.index)
 
     def detach(self) -> None:
         for handle in self._handles:

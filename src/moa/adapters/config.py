@@ -48,6 +48,7 @@ class MoAConfig(PeftConfig):
         gating: ``"soft"``, ``"softmax"``, ``"topk"``, ``"threshold"``, or e.g. ``Threshold(gamma_max=0.2)``.
         architecture: module paths of a model family that MoA does not know, see `moa.adapters.architectures`.
         modules_to_save: modules outside of the mixture to train and save in full, as in PEFT.
+        trainable_token_indices: rows of the embedding to train, as in PEFT; TRL sets it for tokens of a chat template.
         init_weights: start as the base model, bit for bit. False draws every weight at random (for tests).
         format_version: version of this file format; newer files than this release reads are refused.
 
@@ -63,6 +64,7 @@ class MoAConfig(PeftConfig):
     gating: Any = field(default_factory=Soft)
     architecture: dict[str, str | None] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_weights: bool = True
     format_version: int = FORMAT_VERSION
 

@@ -60,6 +60,10 @@ class Gating:
         check_range(f"{self.kind} gating: balance", self.balance, low=0)
         check_range(f"{self.kind} gating: z_loss", self.z_loss, low=0)
 
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.balance > 0 or self.z_loss > 0
+
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         raise NotImplementedError
 

@@ -67,6 +67,8 @@ class MoAModel(BaseTuner):
         """Attach to one block. All blocks get the routed class, so that wrap policies by class fit them all."""
         view, plan = self._plans[current_key]
         mixture = attach_mixture(view)
+        gatings = [peft_config.gating, *(placement.expert.copies.gating for placement in plan.placements)]
+        mixture.auxiliary[adapter_name] = any(gating.has_auxiliary_loss for gating in gatings)
         if peft_config.router is not None and plan.placements:
             mixture.router[adapter_name] = peft_config.router
             mixture.columns[adapter_name] = plan.columns

@@ -99,6 +99,8 @@ def _frozen_threshold(settings: Mapping[str, Any]) -> Gating:
     constant, gamma_max = settings["const_threshold"], settings["max_threshold"]
     if isinstance(constant, float) and 0 < constant < 1:  # the official flag is a yes or no; a number names the value
         constant, gamma_max = True, constant
+    if isinstance(gamma_max, bool):  # says that there is a maximum, not which
+        gamma_max = NATIVE["max_threshold"]
     return Threshold(gamma_max=gamma_max, constant=bool(constant), train_threshold="frozen")
 
 
@@ -204,8 +206,9 @@ def layer_range(name: str, spans: str | None) -> list[int] | None:
 
 def _lora(variant: str, given: Mapping[str, Any]) -> list[ExpertConfig]:
     kind = VARIANTS[variant]
-    layers, targets = layer_range("lora_layers", given["lora_layers"]), _targets(variant, given["lora_targets"])
-    if layers == [] or not targets:
+    layers = layer_range("lora_layers", given["lora_layers"])
+    targets = [] if layers == [] else _targets(variant, given["lora_targets"])
+    if not targets:
         return []
     sparse = kind.copies is _sparse
     gating = Softmax() if kind.copies is None or given["expert_num"] == 1 else kind.copies(given)

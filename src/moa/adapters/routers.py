@@ -98,6 +98,6 @@ class RouterLayer(Attached):
         threshold = self.moa_threshold[adapter](x) if adapter in self.moa_threshold else None
         gating = self.gating[adapter]
         gates = gating(logits, threshold)
-        if self.training and (gating.balance or gating.z_loss):
+        if self.training and gating.has_auxiliary_loss:
             gates = add_auxiliary_loss(gates, logits, tokens, gating)
         return gates
