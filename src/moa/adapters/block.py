@@ -114,6 +114,8 @@ class Mixture(RouterLayer):
             self.context.gates[name] = gates.weights
 
     def _needs_tokens(self) -> bool:
+        if self.training and any(self.auxiliary[name] for name in self.enabled(self.auxiliary)):
+            return True
         return any(self.router[name].level == "instance" for name in self.enabled(self.router))
 
     def _text_positions(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor | None:

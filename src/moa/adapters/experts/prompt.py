@@ -68,6 +68,7 @@ class PromptLayer(ExpertLayer):
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
         self.moa_prompt = nn.ModuleDict()
+        self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._attention_parameters = parameters_of_forward(type(host.module))
         attention_interface.install(host.module)
         self.add_hook(host.module, before=self._before_attention)
@@ -86,18 +87,33 @@ class PromptLayer(ExpertLayer):
         arguments: dict[str, Any] = self.context.notes.get(id(self), {})
         for adapter in self.enabled(self.moa_prompt):
             prompt, head_gate = self.moa_prompt[adapter]()
-            key, value = self._keys_and_values(attention, prompt, arguments)
             hidden = arguments["hidden_states"]
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                key, value = self._probe(attention, prompt, arguments)
+            else:
+                key, value = self._kept_probe(adapter, attention, prompt, arguments, query.dtype)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             route = self.weights(adapter, hidden)
             extra = ops.prompt_attention(query, key, value, scale, head_gate, route)
             output = output + extra.to(output.dtype).view_as(output)
         return output
 
-    def _keys_and_values(
-        self, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]
+    def _kept_probe(
+        self, adapter: str, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Prompt (length, hidden) -> key and value, each (kv_heads, length, width)."""
+        """As `_probe`, but only once for as long as no weight of the attention module changes."""
+        state = (dtype, *((p.data_ptr(), p._version) for p in attention.parameters()))
+        kept = self._kept.get(adapter)
+        if kept is None or kept[0] != state:
+            kept = self._kept[adapter] = (state, self._probe(attention, prompt, arguments))
+        return kept[1]
+
+    def _probe(self, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Run the attention module on the prompt (length, hidden) and catch what arrives at the attention interface.
+
+        Returns:
+            Key and value, each (kv_heads, length, width).
+        """
         tokens = prompt.to(arguments["hidden_states"].dtype).unsqueeze(0)
         probe: dict[str, Any] = {
             name: value
