@@ -84,9 +84,6 @@ class MoAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 inference_mode=peft_config.inference_mode,
             )
-        for module in target.modules():
-            if isinstance(module, TunerLayer) and adapter_name not in self.active_adapters:
-                module.set_requires_grad([adapter_name], requires_grad=False)
 
     def _expert_at(self, placement: Any, mixture: Mixture) -> ExpertLayer:
         """The layer at a placement's site, shared by all adapters that have this kind of expert there."""

@@ -68,7 +68,6 @@ class PromptLayer(ExpertLayer):
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
         self.moa_prompt = nn.ModuleDict()
-        self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._attention_parameters = parameters_of_forward(type(host.module))
         attention_interface.install(host.module)
         self.add_hook(host.module, before=self._before_attention)
@@ -88,25 +87,29 @@ class PromptLayer(ExpertLayer):
         for adapter in self.enabled(self.moa_prompt):
             prompt, head_gate = self.moa_prompt[adapter]()
             hidden = arguments["hidden_states"]
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                key, value = self._probe(attention, prompt, arguments)
-            else:
-                key, value = self._kept_probe(adapter, attention, prompt, arguments, query.dtype)
+            key, value = self._keys_and_values(adapter, attention, prompt, arguments)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             route = self.weights(adapter, hidden)
             extra = ops.prompt_attention(query, key, value, scale, head_gate, route)
             output = output + extra.to(output.dtype).view_as(output)
         return output
 
-    def _kept_probe(
-        self, adapter: str, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any], dtype: torch.dtype
+    def _keys_and_values(
+        self, adapter: str, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """As `_probe`, but only once for as long as no weight of the attention module changes."""
-        state = (dtype, *((p.data_ptr(), p._version) for p in attention.parameters()))
-        kept = self._kept.get(adapter)
-        if kept is None or kept[0] != state:
-            kept = self._kept[adapter] = (state, self._probe(attention, prompt, arguments))
-        return kept[1]
+        """As `_probe`, but once per KV cache, with which they live and die.
+
+        Not kept for longer: no mark on a tensor tells reliably that it has changed (fused optimisers and ``.data``
+        leave its version as it was), and reentrant checkpointing runs training forwards without gradients.
+        """
+        past = arguments.get("past_key_values")
+        if past is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._probe(attention, prompt, arguments)
+        kept = past.__dict__.setdefault("moa_prompts", {})
+        place = (id(self), adapter)
+        if place not in kept or kept[place][0] is not prompt:
+            kept[place] = (prompt, self._probe(attention, prompt, arguments))
+        return kept[place][1]
 
     def _probe(self, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Run the attention module on the prompt (length, hidden) and catch what arrives at the attention interface.
