@@ -64,6 +64,12 @@ def test_overrides_reach_experts_and_configuration() -> None:
     assert config.gating.gamma_max == 0.2
 
 
+def test_a_dict_changes_only_the_fields_it_names() -> None:
+    assert moa.preset("instance-moa", router={"hidden_per_expert": 0}).router == Router(0, level="instance")
+    assert moa.preset("sparse-moa", gating={"gamma_max": 0.2}).gating == Threshold(gamma_max=0.2)
+    assert moa.preset("sparse-moa", gating={"kind": "topk", "k": 3}).gating == moa.TopK(k=3)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [("soft_moa", {}, "did you mean 'soft-moa'"), ("soft-moa", {"rr": 4}, "has no setting 'rr'")],

@@ -119,7 +119,10 @@ class MoAModel(BaseTuner):
                 elif isinstance(child, ExpertLayer):
                     child.detach()
                     del parent._modules[name]
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)  # type: ignore[return-value]
+        base = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        if hasattr(base, "peft_config"):  # PEFT before 0.19.1 leaves it behind
+            del base.peft_config
+        return base
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

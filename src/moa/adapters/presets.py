@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from moa.adapters.choices import nearest
+from moa.adapters.choices import nearest, plain
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Copies, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Softmax, Threshold, TopK
@@ -54,7 +55,8 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
     Args:
         name: one of `PRESETS`.
         **overrides: fields of `MoAConfig`, or settings of experts, which then hold for every expert that has them:
-            ``preset("soft-moa", r=16, targets=["q", "v"], size=32)``.
+            ``preset("soft-moa", r=16, targets=["q", "v"], size=32)``. A dict for ``router`` or ``gating`` changes
+            the fields it names: ``preset("instance-moa", router={"hidden_per_expert": 0})`` keeps the level.
 
     Raises:
         ValueError: unknown preset, or a setting that neither the configuration nor any of its experts has; the
@@ -65,7 +67,11 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
     own = {field.name for field in dataclasses.fields(MoAConfig)}
     fields = {key: value for key, value in overrides.items() if key in own}
     settings = {key: value for key, value in overrides.items() if key not in own}
-    config = MoAConfig(**copy.deepcopy(PRESETS[name]) | fields)
+    config = MoAConfig(**copy.deepcopy(PRESETS[name]))
+    for part in ("router", "gating"):
+        if part in fields:
+            fields[part] = _merged(getattr(config, part), fields[part])
+    config = dataclasses.replace(config, **fields)
     known = {field.name for expert in config.experts for field in dataclasses.fields(expert)}
     for setting in settings:
         if setting not in known:
@@ -73,6 +79,14 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
             raise ValueError(f"preset {name!r} has no setting {setting!r}{nearest(setting, allowed)}; it has {allowed}")
     config.experts = [_with(expert, settings) for expert in config.experts]
     return config
+
+
+def _merged(ours: Any, given: Any) -> Any:
+    """A mapping changes some fields of the preset's router or gating; one of another ``kind`` starts over."""
+    if ours is None or not isinstance(given, Mapping):
+        return given
+    old = plain(ours)
+    return old | given if given.get("kind") in (None, old.get("kind")) else given
 
 
 def _with(expert: ExpertConfig, settings: dict[str, Any]) -> ExpertConfig:

@@ -1,0 +1,69 @@
+"""What the user sees when something fails.
+
+A mistake of the user's (ValueError, OSError) is one red message and exit code 2; a training that had to stop
+(`TrainingStopped`) likewise, with its own code; anything else is taken for a bug and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+USER_MISTAKE = 2
+BUG = 1
+INTERRUPTED = 130
+
+# What typer raises for wrong usage: click's class, or that of the click which newer releases carry inside.
+UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+_traces = False
+
+
+def show_traces(yes: bool) -> None:
+    """Whether mistakes of the user's are shown with their trace, too."""
+    global _traces
+    _traces = yes
+
+
+class Commands(TyperGroup):
+    """The group of all verbs; turns exceptions into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UsageError, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            say("stopped", style="yellow")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            raise typer.Exit(report(error)) from None
+
+
+def report(error: Exception) -> int:
+    """Print ``error`` for the user; returns the exit code."""
+    from moa.training.stops import TrainingStopped
+
+    if isinstance(error, TrainingStopped):
+        code = error.exit_code
+    elif isinstance(error, ValueError | OSError):
+        code = USER_MISTAKE
+    else:
+        Console(stderr=True).print_exception()
+        say("this looks like a bug in moa: please report it with the trace above and the output of `moa env`")
+        return BUG
+    if _traces:
+        Console(stderr=True).print_exception()
+    say(str(error) or type(error).__name__)
+    return code
+
+
+def say(message: str, style: str = "red") -> None:
+    """One message on standard error, as it is: no markup, no wrapping when it goes to a file."""
+    console = Console(stderr=True)
+    console.print(Text(f"moa: {message}", style=style), soft_wrap=not sys.stderr.isatty())

@@ -1,0 +1,142 @@
+"""Where rows come from: the bundled tasks, a local file or folder, or a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moa.adapters.choices import nearest
+from moa.data.dialects import Row, convert
+
+ROWS_PER_TASK = 1000
+"""How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""
+
+_SUFFIXES = (".json", ".jsonl")
+
+
+def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
+    """Rows of one source in the common form of `moa.data.dialects`.
+
+    Args:
+        source: ``tasks:NAME[,NAME...]`` or ``tasks:all`` for the bundled suite (``task`` then names each row's task);
+            a ``.json`` or ``.jsonl`` file; a folder with ``train.jsonl``, ``test.jsonl``, ``train_*.jsonl`` and so on;
+            or a data set on the hub, ``owner/name`` or ``owner/name:configuration``.
+        split: ``train`` or ``test``; a single file is taken as it is.
+        limit: at most so many rows, drawn at random with ``seed``; None: all.
+        seed: of the draw, and of the bundled tasks.
+
+    Raises:
+        ValueError: a row that cannot be used (with file and line), a data set without rows, an unknown task.
+        FileNotFoundError: no such file or folder; names near ones.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    if source.startswith("tasks:"):
+        return _bundled(source.removeprefix("tasks:"), split, limit, seed)
+    rows = _local(Path(source).expanduser(), split) if _is_local(source) else _from_hub(source, split)
+    if not rows:
+        raise ValueError(f"{source}: the data set is empty")
+    return random.Random(seed).sample(rows, limit) if limit is not None and limit < len(rows) else rows
+
+
+def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
+    from moa.tasks import TASKS, generate
+
+    tasks = list(TASKS) if names == "all" else [name.strip() for name in names.split(",")]
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")
+    each = ROWS_PER_TASK if limit is None else -(-limit // len(tasks))
+    rows: list[Row] = [row | {"task": task} for task in tasks for row in generate(task, split, each, seed)]
+    random.Random(seed).shuffle(rows)
+    return rows[:limit]
+
+
+def _is_local(source: str) -> bool:
+    """Everything but ``owner/name``, which is local too if there is such a path."""
+    path = Path(source).expanduser()
+    looks_like_hub = source.count("/") == 1 and not source.startswith((".", "~", "/")) and path.suffix not in _SUFFIXES
+    return path.exists() or not looks_like_hub
+
+
+def _local(path: Path, split: str) -> list[Row]:
+    if path.is_dir():
+        return [row for file in _split_files(path, split) for row in _from_file(file, split)]
+    if not path.exists():
+        parent = path.parent
+        siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        where = "" if siblings else f"; there is no folder {str(parent)!r} either"
+        raise FileNotFoundError(f"there is no data set {str(path)!r}{nearest(path.name, siblings)}{where}")
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: cannot read {path.suffix or 'files without a suffix'}, only {', '.join(_SUFFIXES)}")
+    return _from_file(path, split)
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    chosen = [file for file in files if file.stem == split or file.stem.startswith((f"{split}_", f"{split}-"))]
+    if not chosen:
+        names = ", ".join(file.name for file in files) or "no .json or .jsonl file at all"
+        raise FileNotFoundError(f"{folder} has no {split}.jsonl, {split}.json or {split}_*.jsonl; it has {names}")
+    return chosen
+
+
+def _from_file(file: Path, split: str) -> list[Row]:
+    read = _lines if file.suffix == ".jsonl" else _items
+    rows = []
+    for place, fields in read(file):
+        try:
+            if not isinstance(fields, dict):
+                raise ValueError(f"a row must be a JSON object, not {type(fields).__name__}")
+            rows.append(convert(fields, split=split))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return rows
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{file}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, after line {number}: not UTF-8 text ({error.reason})") from None
+
+
+def _items(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is what .jsonl files hold" if error.msg == "Extra data" else ""
+        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}){hint}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: a .json data set must be a list of objects, not {type(rows).__name__}")
+    for number, fields in enumerate(rows, start=1):
+        yield f"{file}, row {number}", fields
+
+
+def _from_hub(source: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        loaded = load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{source!r} is no local path and could not be loaded from the hub: {reason}") from error
+    rows = []
+    for number, fields in enumerate(loaded, start=1):
+        try:
+            rows.append(convert(fields, split=split))
+        except ValueError as error:
+            raise ValueError(f"{source}, {split} row {number}: {error}") from None
+    return rows

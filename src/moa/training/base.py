@@ -1,0 +1,152 @@
+"""Base models and adapters from disk or hub, and one clear line for whatever is wrong with them.
+
+Weights are read from safetensors only, and no code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moa.adapters.choices import check_choice, nearest
+from moa.adapters.config import MoAConfig
+from moa.assets import base_path
+from moa.training.checkpoints import WEIGHTS
+
+CONFIG = "adapter_config.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``"auto"``: bfloat16 where an accelerator computes in it, else float32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    check_choice("dtype", dtype, ["auto", *_DTYPES])
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_base(
+    name: str, dtype: str | torch.dtype = "auto", device_map: Any = None, four_bit: bool = False
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: a folder, ``owner/name`` on the hub, or ``embedded``.
+        dtype: a torch dtype or its name; ``auto`` as in `resolve_dtype`.
+        device_map: as in transformers.
+        four_bit: quantise the weights to NF4 with bitsandbytes.
+
+    Returns:
+        The model, and the tokenizer with a padding token (end-of-text where it has none of its own).
+
+    Raises:
+        ValueError: the model cannot be loaded; says from where and why.
+        FileNotFoundError: the folder does not exist.
+    """
+    source = str(base_path()) if name == "embedded" else _existing(name, "base model")
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": device_map, "use_safetensors": True}
+    if four_bit:
+        options["quantization_config"] = _four_bit()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load the base model {name!r}: {_first_line(error)}") from error
+    # What PEFT writes into adapter_config.json: the name that works everywhere, not this machine's path.
+    model.name_or_path = model.config._name_or_path = name
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """A trained Mixture of Adapters on its base model, in evaluation mode.
+
+    Args:
+        base_model: from `load_base`.
+        path: a folder that `moa.training.sft.train` or ``save_pretrained`` wrote, or ``owner/name`` on the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ValueError: the configuration is of another PEFT method or a newer moa, the weights are damaged, or they belong
+            to another base model (naming the tensor and both shapes).
+    """
+    source = _existing(str(path), "adapter")
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    try:
+        model = PeftModel.from_pretrained(base_model, source)
+    except OSError as error:
+        raise ValueError(f"cannot load the adapter {source!r}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return model
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The name of the base model that an adapter on disk was trained on, if its configuration has one."""
+    return _read_config(Path(_existing(str(path), "adapter"))).get("base_model_name_or_path")
+
+
+def _existing(name: str, what: str) -> str:
+    """``name``, unless it can only be a path and there is nothing there."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        return name
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f"there is no {what} {name!r}{nearest(path.name, siblings)}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is damaged: it must hold an object, not {type(fields).__name__}")
+    return fields
+
+
+def _check_folder(folder: Path) -> None:
+    """Everything that can be said before the base model is touched."""
+    kind = _read_config(folder).get("peft_type")
+    if kind != "MOA":
+        raise ValueError(f"{folder / CONFIG} is of the PEFT method {kind!r}, not a Mixture of Adapters (MOA)")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    assert isinstance(config, MoAConfig)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no weights: {WEIGHTS} is missing")
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged or incomplete ({error}); copy or download it again") from error
+
+
+def _four_bit() -> BitsAndBytesConfig:
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("four_bit needs an accelerator and the package bitsandbytes (pip install bitsandbytes)")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,86 @@
+"""The folder of a run: who may write into it, and how the finished adapter gets there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from moa.training.callbacks import LOG_NAME
+from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
+from moa.training.recipe import FILE_NAME, Recipe
+
+# Settings that may differ between a run and its continuation.
+_FREE = {"output", "epochs", "max_steps", "save_steps", "keep_checkpoints", "log_steps", "report_to"}
+
+
+def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
+    """Decide about the output folder without touching it.
+
+    Returns:
+        The checkpoint to resume from, or None to start at the first step.
+
+    Raises:
+        ValueError: the folder is in use, holds no run to resume, or holds one with other settings.
+    """
+    folder = Path(recipe.output).expanduser()
+    if folder.is_file():
+        raise ValueError(f"output={str(folder)!r} is a file, not a folder")
+    ours = (folder / FILE_NAME).is_file()
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if resume:
+        if not ours:
+            raise ValueError(f"nothing to resume: {folder} holds no run (there is no {FILE_NAME} in it)")
+        _check_same(recipe, folder / FILE_NAME)
+        return _to_resume_from(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not ours:
+            raise ValueError(
+                f"output folder {folder} is not empty and was not made by moa; choose another with --output"
+            )
+        if not overwrite:
+            raise ValueError(f"output folder {folder} holds a run: continue it with --resume, or give --overwrite")
+    return None
+
+
+def clear_output(folder: Path, checkpoint: Path | None) -> None:
+    """Make the folder, without what an earlier run left after ``checkpoint``; whatever else lies in it stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
+    found = checkpoints(folder)
+    for beyond in found[found.index(checkpoint) + 1 :] if checkpoint else found:
+        shutil.rmtree(beyond)
+    if checkpoint is None:
+        for name in (WEIGHTS, "adapter_config.json", "README.md", LOG_NAME):
+            (folder / name).unlink(missing_ok=True)
+
+
+def move_into(folder: Path, written: Path) -> None:
+    """Move each file of ``written`` to its place in ``folder``; the configuration last, as it makes an adapter."""
+    for file in sorted(written.iterdir(), key=lambda file: file.name == "adapter_config.json"):
+        file.replace(folder / file.name)
+    written.rmdir()
+    written.parent.rmdir()
+
+
+def _to_resume_from(folder: Path) -> Path | None:
+    """The last complete checkpoint; None if the run was stopped before its first one."""
+    checkpoint = last_complete(folder)
+    if checkpoint is None and checkpoints(folder):
+        raise ValueError(f"no checkpoint in {folder} is complete; give --overwrite to start over")
+    if checkpoint is None and (folder / WEIGHTS).exists():
+        raise ValueError(f"the run in {folder} is finished and its checkpoints are gone: there is nothing to resume")
+    return checkpoint
+
+
+def _check_same(recipe: Recipe, file: Path) -> None:
+    saved = Recipe(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    now = recipe.to_dict()
+    for key, before in saved.to_dict().items():
+        if key not in _FREE and before != now[key]:
+            raise ValueError(
+                f"cannot resume with another setting: {key} was {before} in {file}, now it is {now[key]}; "
+                f"give --overwrite or another --output to start over"
+            )

@@ -1,0 +1,168 @@
+"""`train`: one recipe in, one adapter folder out."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from moa.adapters.auxiliary import auxiliary_scale
+from moa.data import example_of, load_rows
+from moa.training.adapter import adapter_config
+from moa.training.base import load_base, resolve_dtype
+from moa.training.callbacks import LogFile, StopOnInterrupt
+from moa.training.card import write_card
+from moa.training.checkpoints import WRITING, room_on_disk
+from moa.training.output import check_output, clear_output, move_into
+from moa.training.recipe import Recipe
+from moa.training.stops import Interrupted
+from moa.training.trainer import Trainer
+
+# Renamed in transformers 5; the old name still works there, with a warning.
+_NEW_NAME = "activation_checkpointing"
+_CHECKPOINTING = _NEW_NAME if _NEW_NAME in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Fine-tune a base model and save the adapter.
+
+    Args:
+        recipe: what to do.
+        resume: continue the run in ``recipe.output`` from its last complete checkpoint. The result is the same as
+            without the interruption.
+        overwrite: replace the run in ``recipe.output``.
+
+    Returns:
+        The output folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``, ``recipe.yaml``,
+        ``training_log.jsonl`` and the last checkpoints.
+
+    Raises:
+        ValueError: something in the recipe, the data, the base model or the output folder cannot be used.
+        TrainingStopped: the loss diverged, the disk is full, or the user pressed Ctrl-C.
+    """
+    checkpoint = check_output(recipe, resume=resume, overwrite=overwrite)
+    folder = Path(recipe.output).expanduser()
+    rows = [row for source in recipe.data.train for row in _rows(recipe, source)]
+    model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
+    interrupt = StopOnInterrupt()
+    trainer = _trainer(recipe, model, tokenizer, _dataset(rows, recipe, tokenizer), [LogFile(folder), interrupt])
+    _check_lengths(trainer, len(rows), recipe.data.max_length)
+    if trainer.is_world_process_zero():
+        clear_output(folder, checkpoint)
+        recipe.save(folder)
+        if resume:
+            print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
+    trainer.accelerator.wait_for_everyone()
+    with interrupt, auxiliary_scale(1 / recipe.gradient_accumulation_steps):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved in {folder}; "
+            f"run the same command with --resume to continue"
+        )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    _save(trainer, recipe, folder, losses[-1] if losses else result.training_loss)
+    return folder
+
+
+def _rows(recipe: Recipe, source: str) -> list[dict[str, Any]]:
+    return load_rows(source, split="train", limit=recipe.data.limit, seed=recipe.seed)
+
+
+def _dataset(rows: list[dict[str, Any]], recipe: Recipe, tokenizer: Any) -> datasets.Dataset:
+    chats = sum("messages" in row for row in rows)
+    if chats and chats < len(rows):
+        raise ValueError("data.train mixes chat messages with plain rows: use one kind in a run")
+    if chats and not tokenizer.chat_template:
+        raise ValueError(f"data.train holds chat messages, but the tokenizer of {recipe.base!r} has no chat template")
+    return datasets.Dataset.from_list([example_of(row, recipe.data.template) for row in rows])
+
+
+def _trainer(recipe: Recipe, model: Any, tokenizer: Any, dataset: datasets.Dataset, callbacks: list[Any]) -> Trainer:
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        raise ValueError(f"report_to={recipe.report_to!r} needs that package: pip install {recipe.report_to}")
+    half = resolve_dtype(recipe.dtype) is torch.bfloat16
+    arguments = SFTConfig(
+        output_dir=str(Path(recipe.output).expanduser()),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup_ratio if recipe.warmup_steps is None else recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=half,
+        **{_CHECKPOINTING: recipe.gradient_checkpointing},
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,
+        report_to=recipe.report_to,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        max_length=recipe.data.max_length,
+        completion_only_loss=True,
+    )
+    set_seed(recipe.seed)
+    datasets.disable_progress_bars()
+    try:
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=adapter_config(recipe.adapter),
+            callbacks=callbacks,
+            keep_checkpoints=recipe.keep_checkpoints,
+        )
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _check_lengths(trainer: Trainer, given: int, max_length: int) -> None:
+    """Say what is trained on how much of the data.
+
+    Raises:
+        ValueError: ``max_length`` leaves no answer.
+    """
+    kept = len(trainer.train_dataset)
+    if not kept:
+        raise ValueError(f"data.max_length={max_length} is shorter than every prompt: no answer is left to learn")
+    if not trainer.is_world_process_zero():
+        return
+    cut = sum(len(tokens) >= max_length for tokens in trainer.train_dataset["input_ids"])
+    if kept < given or cut:
+        print(
+            f"note: data.max_length={max_length} drops {given - kept} of {given} rows, whose prompt alone is longer, "
+            f"and may cut the answer of {cut} more"
+        )
+    trainable, everything = trainer.model.get_nb_trainable_parameters()
+    print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable: {trainable / everything:.2%}")
+
+
+def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
+    """Write the adapter aside and move it into place, so that a full disk leaves no half adapter."""
+    written = folder / WRITING / "adapter"
+    with room_on_disk(folder, "the adapter"):
+        trainer.save_model(str(written))
+        if trainer.is_world_process_zero():
+            write_card(
+                written,
+                recipe,
+                name=folder.resolve().name,
+                steps=trainer.state.global_step,
+                loss=loss,
+                trainable=trainer.model.get_nb_trainable_parameters()[0],
+            )
+            move_into(folder, written)

@@ -1,0 +1,74 @@
+"""Check a recipe without a download: build its model from shapes alone and count what would be trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from moa.adapters.block import Mixture
+from moa.adapters.experts import ExpertLayer
+from moa.assets import base_path
+from moa.recipes import base_config
+from moa.training.adapter import adapter_config
+from moa.training.recipe import Recipe
+
+_ROUTER = {"moa_w1", "moa_w2", "moa_w3", "moa_threshold"}
+
+
+class Count(NamedTuple):
+    """Parameters of a recipe's model.
+
+    Attributes:
+        total: of base and adapter together.
+        trainable: of the adapter, without what its configuration keeps frozen.
+        by_kind: of the adapter by expert kind, with ``router`` for routers and thresholds; frozen ones included.
+    """
+
+    total: int
+    trainable: int
+    by_kind: dict[str, int]
+
+    @property
+    def adapter(self) -> int:
+        """All parameters that the adapter adds."""
+        return sum(self.by_kind.values())
+
+
+def validate(recipe: Recipe) -> Count:
+    """Build the recipe's model on the meta device.
+
+    Raises:
+        ValueError: the base model's configuration cannot be had, or the adapter does not fit the model.
+    """
+    config = _config_of(recipe.base)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = get_peft_model(base, adapter_config(recipe.adapter))
+    trainable, total = model.get_nb_trainable_parameters()
+    return Count(total, trainable, count_by_kind(model))
+
+
+def count_by_kind(model: nn.Module) -> dict[str, int]:
+    """Adapter parameters of ``model`` by expert kind, and those of all routers as ``router``."""
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Mixture | ExpertLayer):
+            kind = module.config.kind if isinstance(module, ExpertLayer) else "router"
+            for name, parameter in module.named_parameters():
+                counts["router" if set(name.split(".")) & _ROUTER else kind] += parameter.numel()
+    return dict(counts)
+
+
+def _config_of(base: str) -> PretrainedConfig:
+    source: Any = base_path() if base == "embedded" else (base_config(base) or Path(base).expanduser())
+    try:
+        return AutoConfig.from_pretrained(source if Path(source).exists() else base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"base={base!r}: cannot read its configuration: {reason}") from error

@@ -1,0 +1,311 @@
+"""Training on TRL: what is learned from, what is saved, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from moa.adapters import auxiliary
+from moa.training import sft
+from moa.training.base import load_adapter, load_base
+from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
+from moa.training.recipe import Recipe
+from moa.training.stops import Diverged, Interrupted, TrainingStopped
+from moa.training.trainer import Trainer
+
+STEPS = 7  # of five to an epoch, so that resuming crosses from one epoch into the next
+
+
+@pytest.fixture
+def recipe(tiny_base, tiny_rows, tmp_path) -> Recipe:
+    return make_recipe(tiny_base, tiny_rows, tmp_path / "run")
+
+
+def make_recipe(base: Path, rows: Path, output: Path, **changes: object) -> Recipe:
+    """Dropout, accumulation and data order are all on, so that a lost random state would show."""
+    fields: dict[str, object] = {
+        "base": str(base),
+        "adapter": {"preset": "soft-moa", "r": 2, "size": 2, "length": 2, "dropout": 0.2},
+        "data": {"train": [str(rows)], "template": "short", "max_length": 64},
+        "output": str(output),
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "dtype": "float32",
+        "save_steps": 2,
+        "log_steps": 1,
+    }
+    return Recipe(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_base, tiny_rows, tmp_path_factory) -> Path:
+    return sft.train(make_recipe(tiny_base, tiny_rows, tmp_path_factory.mktemp("unbroken") / "run"))
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+class At(TrainerCallback):
+    """Calls ``action`` at the beginning of one step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def with_callback(monkeypatch, callback: TrainerCallback) -> None:
+    original = sft._trainer
+    monkeypatch.setattr(sft, "_trainer", lambda *args: (t := original(*args), t.add_callback(callback))[0])
+
+
+def test_the_folder_of_a_run_is_complete(unbroken):
+    assert {path.name for path in unbroken.iterdir()} == {
+        *("adapter_config.json", WEIGHTS, "README.md", "recipe.yaml", "training_log.jsonl"),
+        *("checkpoint-6", "checkpoint-7"),
+    }
+    assert Recipe.load(unbroken / "recipe.yaml").output == str(unbroken)
+    log = [json.loads(line) for line in (unbroken / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [*range(1, STEPS + 1), STEPS]
+    assert log[STEPS - 1]["loss"] < log[0]["loss"]
+    card = (unbroken / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "import moa" in card
+    assert not list(unbroken.rglob("*.bin"))
+
+
+def test_the_adapter_loads_with_peft_and_with_moa(unbroken, tiny_base):
+    tokens = torch.arange(3, 20)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    plain = base(tokens).logits
+    theirs = PeftModel.from_pretrained(base, unbroken)(tokens).logits
+    ours = load_adapter(load_base(str(tiny_base), "float32")[0], unbroken)(tokens).logits
+    assert torch.equal(theirs, ours)
+    assert not torch.allclose(theirs, plain)
+
+
+def test_only_answers_are_learned(recipe, tiny_rows, monkeypatch):
+    seen = []
+    original = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer,
+        "compute_loss",
+        lambda self, model, inputs, *a, **k: (seen.append(dict(inputs)), original(self, model, inputs, *a, **k))[1],
+    )
+    recipe.max_steps = 1
+    sft.train(recipe)
+    _, tokenizer = load_base(recipe.base)
+    answers = {f" {json.loads(line)['output']}</s>" for line in tiny_rows.read_text().splitlines()}
+    for batch in seen:
+        for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            text = tokenizer.decode(tokens[tokens != tokenizer.pad_token_id])
+            learned = tokenizer.decode(labels[labels != -100])
+            assert learned in answers
+            assert text.endswith("### Response:" + learned)
+
+
+def test_auxiliary_losses_are_scaled_by_accumulation(recipe, monkeypatch):
+    scales = []
+    with_callback(monkeypatch, At(0, lambda: scales.append(auxiliary._scale)))
+    recipe.max_steps = 1
+    sft.train(recipe)
+    assert scales == [1 / recipe.gradient_accumulation_steps]
+    assert auxiliary._scale == 1
+
+
+def test_vectors_and_biases_have_no_weight_decay(recipe, monkeypatch):
+    groups = []
+    original = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, *a: (groups.append(self), original(self, *a))[1])
+    recipe.max_steps = 1
+    sft.train(recipe)
+    decayed = groups[0].get_decay_parameter_names(groups[0].model)
+    assert any("moa_A" in name or "moa_a" in name for name in decayed)
+    assert not any("head_gate" in name or "bias" in name for name in decayed)
+
+
+CHILD = """
+import os, signal, sys, torch
+from moa.training.recipe import Recipe
+from moa.training.sft import train
+from moa.training.trainer import Trainer
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "in a step":
+    step = Trainer.training_step
+    Trainer.training_step = lambda self, *a, **k: die() if self.state.global_step == 5 else step(self, *a, **k)
+else:
+    save = torch.save
+    def cut(value, path, *a, **k):
+        save(value, path, *a, **k)
+        if "checkpoint-4" in str(path):
+            with open(path, "r+b") as file:
+                file.truncate(10)
+            die()
+    torch.save = cut
+train(Recipe.load(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "left"), [("in a step", 4), ("in a checkpoint", 2)])
+def test_a_killed_run_resumes_to_the_same_weights(moment, left, unbroken, recipe, tmp_path):
+    recipe.save(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", CHILD, moment, str(tmp_path / "recipe.yaml")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    output = Path(recipe.output)
+    assert not (output / WEIGHTS).exists()
+    assert last_complete(output) == output / f"checkpoint-{left}"
+    sft.train(recipe, resume=True)
+    assert not (output / WRITING).exists()
+    assert_same_weights(output, unbroken)
+    steps = [json.loads(line)["step"] for line in (output / "training_log.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, STEPS + 1), STEPS]
+
+
+def test_ctrl_c_saves_and_resumes_to_the_same_weights(unbroken, recipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        with_callback(patch, At(2, lambda: signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(Interrupted, match=r"stopped after step 3 of 7.*--resume"):
+            sft.train(recipe)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [path.name for path in checkpoints(Path(recipe.output))] == ["checkpoint-2", "checkpoint-3"]
+    sft.train(recipe, resume=True)
+    assert_same_weights(Path(recipe.output), unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over(unbroken, recipe):
+    output = Path(recipe.output)
+    shutil.copytree(unbroken, output)
+    for checkpoint in ("checkpoint-7", "checkpoint-6"):
+        assert last_complete(output) == output / checkpoint
+        weights = output / checkpoint / WEIGHTS
+        os.truncate(weights, weights.stat().st_size - 8)
+    assert last_complete(output) is None
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete"):
+        sft.train(recipe, resume=True)
+
+
+def test_checkpoints_that_were_deleted_are_not_trained_again(unbroken, recipe):
+    shutil.copytree(unbroken, recipe.output)
+    for checkpoint in checkpoints(Path(recipe.output)):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="finished and its checkpoints are gone"):
+        sft.train(recipe, resume=True)
+    assert_same_weights(Path(recipe.output), unbroken)
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken, recipe):
+    shutil.copytree(unbroken, recipe.output)
+    sft.train(recipe, resume=True)
+    assert_same_weights(Path(recipe.output), unbroken)
+
+
+def test_a_run_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(recipe, monkeypatch):
+    def poison():
+        for name, parameter in trainers[0].model.named_parameters():
+            if parameter.requires_grad and "moa_up" in name:
+                parameter.data.fill_(float("nan"))
+
+    trainers = []
+    original = sft._trainer
+    monkeypatch.setattr(
+        sft,
+        "_trainer",
+        lambda *args: (trainers.append(original(*args)), trainers[0].add_callback(At(3, poison)))[0] or trainers[0],
+    )
+    with pytest.raises(Diverged, match=r"the loss is nan at step 4 of 7.*last good checkpoint is .*checkpoint-2"):
+        sft.train(recipe)
+    assert last_complete(Path(recipe.output)).name == "checkpoint-2"
+
+
+def test_weights_that_are_not_finite_are_not_saved(recipe, monkeypatch):
+    original = Trainer.training_step
+
+    def step(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 3:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    with pytest.raises(Diverged, match=r"is not finite.*checkpoint-2"):
+        sft.train(recipe)
+    assert [path.name for path in checkpoints(Path(recipe.output))] == ["checkpoint-2"]
+
+
+def test_training_may_go_on_longer_than_planned(unbroken, recipe):
+    shutil.copytree(unbroken, recipe.output)
+    recipe.max_steps = STEPS + 1
+    sft.train(recipe, resume=True)
+    assert last_complete(Path(recipe.output)).name == f"checkpoint-{STEPS + 1}"
+
+
+def test_bfloat16_base_keeps_float32_adapters(recipe):
+    recipe.dtype, recipe.max_steps, recipe.gradient_checkpointing = "bfloat16", 1, True
+    weights = load_file(sft.train(recipe) / WEIGHTS)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_chat_messages_are_learned_through_the_chat_template(recipe, tiny_base, tiny_tokenizer, tmp_path):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "chat"))
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    recipe.base, recipe.max_steps, recipe.data.train = str(folder), 1, [str(chat_rows(tmp_path))]
+    assert (sft.train(recipe) / WEIGHTS).exists()
+
+
+def chat_rows(folder: Path) -> Path:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    file = folder / "chat.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+def test_chat_messages_need_a_chat_template_and_company_of_their_kind(recipe, tiny_rows, tmp_path):
+    recipe.data.train = [str(chat_rows(tmp_path))]
+    with pytest.raises(ValueError, match="has no chat template"):
+        sft.train(recipe)
+    recipe.data.train.append(str(tiny_rows))
+    with pytest.raises(ValueError, match="mixes chat messages with plain rows"):
+        sft.train(recipe)
+
+
+def test_running_out_of_accelerator_memory_says_what_to_change(recipe, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "compute_loss", exhausted)
+    with pytest.raises(TrainingStopped, match="out of accelerator memory at step 1: lower batch_size"):
+        sft.train(recipe)
+
+
+def test_an_adapter_of_the_embedded_base_names_it_and_not_a_folder(recipe):
+    recipe.base, recipe.max_steps = "embedded", 1
+    folder = sft.train(recipe)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
+    assert load_adapter(load_base("embedded")[0], folder).num_parameters() > 1e6
