@@ -1,0 +1,78 @@
+# Every target that needs Python makes .venv first; `make help` lists the targets.
+#
+# Variables:
+#   PYTHON  the interpreter that .venv is made with, 3.11 or newer         make test PYTHON=python3.13
+#   TORCH   what pip installs as torch, ahead of everything else           make demo TORCH=torch
+#           (the default is the version in constraints.txt, whichever build your package index serves)
+#   MARK    a pytest mark expression, to run part of the tests             make test MARK='not slow'
+#   WORKERS test processes of one thread each; auto is one per core        make test WORKERS=4
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+MARK ?=
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format docs pytest test-oldest clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-12s%s\n", name, $$0}'
+
+install: $(VENV)/.installed  ## make .venv with MoA and all development tools
+
+demo: $(VENV)/.installed  ## fine-tune the embedded base with Soft MoA and show what it learned
+	$(BIN)/moa demo
+
+test: lint docs pytest  ## lint, strict docs build and all tests: what CI runs
+
+lint: $(VENV)/.installed  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.installed  ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')
+
+test-oldest: $(OLDEST)/.installed  ## the PEFT tests on the oldest supported versions, in .venv-oldest
+	$(OLDEST)/bin/python -m pytest -W default tests/test_peft.py tests/test_ia3.py \
+		$(addprefix --deselect tests/test_peft.py::,$(NOT_ON_OLDEST))
+
+# PEFT refuses missing, unknown and misshapen tensors by name through MoA only from 0.21 on, and 0.18 wants other keys
+# for a model without a PeftModel around it. See docs/versions.md.
+NOT_ON_OLDEST := \
+	test_an_adapter_of_another_base_is_refused_with_both_shapes \
+	test_a_missing_tensor_is_named \
+	test_an_unknown_tensor_is_named \
+	test_injection_into_a_bare_model \
+	test_set_peft_model_state_dict_checks_the_tensors
+
+# torch comes first and alone, so that no other requirement chooses its version or build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("MoA needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python $(PIP) '$(TORCH)'
+	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e '.[dev,docs]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e . pytest pytest-timeout
+	touch $@
+
+clean:  ## remove the environments and everything that was built
+	rm -rf $(VENV) $(OLDEST) site dist .mypy_cache .ruff_cache .pytest_cache

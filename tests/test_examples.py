@@ -1,0 +1,38 @@
+"""The scripts in `examples/` run as they stand, each in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_peft_swap(tmp_path):
+    output = run("peft_swap.py", "--steps", "5", "--output", str(tmp_path))
+    assert "trainable params" in output
+    assert "answer:" in output
+    assert (tmp_path / "adapter_config.json").is_file()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_custom_family():
+    output = run("custom_family.py")
+    assert "without architecture=: MoA does not know" in output
+    assert "identical to the base before training: True" in output
+    assert "the same after saving and loading: True" in output
+
+
+def test_every_example_is_run_here():
+    tested = Path(__file__).read_text()
+    assert [script.name for script in EXAMPLES.glob("*.py") if f'run("{script.name}"' not in tested] == []
