@@ -14,8 +14,8 @@ import moa
 from moa.adapters.auxiliary import auxiliary_loss
 from moa.adapters.block import Mixture
 from moa.adapters.experts import ExpertLayer
-from moa.adapters.reference_files import find_variant, import_reference
-from moa.adapters.reference_weights import Checkpoint, model_slots
+from moa.adapters.reference.files import find_variant, import_reference
+from moa.adapters.reference.weights import Checkpoint, model_slots
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))

@@ -5,8 +5,7 @@ from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Soft, Softmax, Threshold, TopK
 from moa.adapters.presets import preset
-from moa.adapters.reference import reference_config
-from moa.adapters.reference_weights import load_reference
+from moa.adapters.reference import load_reference, reference_config
 from moa.adapters.routers import Router
 from moa.adapters.telemetry import gate_values
 

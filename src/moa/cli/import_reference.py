@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa.adapters import reference_files
+from moa.adapters.reference import files as reference_files
 
 
 def import_reference(

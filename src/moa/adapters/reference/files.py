@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa.adapters.choices import check_choice
 from moa.adapters.config import MoAConfig
-from moa.adapters.reference import VARIANTS, reference_config
-from moa.adapters.reference_weights import load_reference
+from moa.adapters.reference.settings import VARIANTS, reference_config
+from moa.adapters.reference.weights import load_reference
 
 WEIGHTS = ("adapter.safetensors", "adapter.pth", "adapter_model.safetensors", "adapter_model.bin")
 SETTINGS = ("adapter_params.json", "adapter_config.json")
