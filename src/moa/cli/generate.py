@@ -1,0 +1,90 @@
+"""`moa generate`: one prompt, many from standard input, or a conversation of single questions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+
+def generate(
+    adapter: Annotated[
+        str | None, typer.Argument(help="Folder or hub name of the adapter; '-' for the base model alone.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The instruction. Without one: a prompt to type at, or one instruction per input line."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: a folder, owner/name on the hub, or embedded. Default: what the adapter was trained on."
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Prompt template: alpaca, short, or none. Default: what the adapter was trained with."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. Above 0: sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write answers as they come, token by token.
+
+    Examples:
+        `moa generate runs/my-adapter "Sort these numbers from smallest to largest: 31, 7, 12."`
+
+        `moa generate - "Once upon a time" --template none`
+
+        `moa generate runs/my-adapter < questions.txt`
+    """
+    import torch
+
+    from moa.data.templates import prompt_of
+    from moa.evaluation import models
+
+    plain = template == "none"
+    loaded = models.load(None if adapter == "-" else adapter, base, dtype=dtype, template=None if plain else template)
+    torch.manual_seed(seed)
+    for instruction in _instructions() if prompt is None else [prompt]:
+        text = instruction if plain else prompt_of({"instruction": instruction}, loaded.template)
+        _answer(loaded.model, loaded.tokenizer, text, max_new_tokens, temperature)
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float) -> None:
+    """Stream the continuation of a prompt to standard output; it ends at the latest where the context does."""
+    import torch
+    from transformers import TextStreamer
+
+    from moa.evaluation.generation import context, greedy
+
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    room = context(model) - tokens.shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, but the model's context is {context(model)}")
+    settings = greedy(model, tokenizer, min(max_new_tokens, room))
+    if temperature > 0:
+        settings.do_sample, settings.temperature = True, temperature
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    mask = torch.ones_like(tokens)
+    model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, streamer=streamer)
+
+
+def _instructions() -> Iterator[str]:
+    """Lines of standard input; at a terminal, asked for one by one until an empty line or Ctrl-D."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    print("Type an instruction; an empty line or Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not line:
+            return
+        yield line

@@ -1,0 +1,134 @@
+"""From a model's text to its answer, by one fixed rule per kind of answer.
+
+Contract: a rule sees the generated text alone, never the gold answer, and gives the same result on every machine.
+What a text says explicitly ("The answer is ...") wins over everything else in it, and its last explicit statement
+over earlier ones; a text without an answer of the kind gives None, which counts as wrong.
+
+| kind | answers | without an explicit statement |
+|---|---|---|
+| `number` | 12, -3.5, 1,200 | always the last number, as in the published protocol; equal within 1e-3 |
+| `choice` | A to E | "C" at the end, then the last "option C", "(C)", "C)", "C:" or "C.", then "C" on its own |
+| `bool` | true, false | last mention |
+| `label` | solution1, answer2, ending3, option4 | last mention |
+| `text` | anything else | the whole text; equal up to case, spacing and closing punctuation |
+
+The published rule for letters, the first capital A to E anywhere, reads "Answer: B" as A and is not used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+NUMBER_TOLERANCE = 1e-3
+
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-−])?(?:(?<=[-−])\$)?(?<![\d.])"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+)
+_SAYS = r"\banswer(?:\s+is|\s*:)(?!\s+not\b)(?:\s+(?:option|choice))?"
+_MARKUP = r"[\s:*_\"'`$(\[{]*(?:\\boxed\{|\\text\{)*"
+_EXPLICIT_LETTER = re.compile(
+    rf"(?i:{_SAYS}){_MARKUP}(?:(?P<capital>[A-E])(?![\w'’])|(?P<small>[a-e])(?=\s*(?:[).,:\]}}*\"]|$)))", re.MULTILINE
+)
+_LETTERS = (
+    re.compile(r"(?<![\w'’-])([A-E])[\s)\]}.*_\"'`]*$"),
+    re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s\(?([A-E])(?![\w'’])"),
+    re.compile(r"\(\s?([A-E])\s?\)"),
+    re.compile(r"(?<![\w'’-])([A-E])\s?(?:\)|:|\.(?=\s))"),
+    re.compile(r"(?<![\w'’-])([B-E]|A(?!\s[a-z]))(?![\w'’-])"),  # "A train" is an article
+)
+_BOOL = r"(true|false)\b"
+_LABEL = r"((?:solution|answer|ending|option)\s?\d+)\b"
+_EXPLICIT_TEXT = re.compile(r"\banswer\s+is\b[\s:]*([^\n]*)", re.IGNORECASE)
+
+
+def extract(kind: str, text: str) -> str | None:
+    """The answer in a generated text, in the form in which gold answers are written.
+
+    Args:
+        kind: "number", "choice", "bool", "label" or "text".
+        text: what the model generated, without its prompt.
+
+    Returns:
+        The answer, or None where the text has none of this kind.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in _RULES:
+        raise ValueError(f"there is no rule for answers of kind {kind!r}; kinds are {sorted(_RULES)}")
+    return _RULES[kind](text)
+
+
+def is_correct(kind: str, text: str, gold: str) -> bool:
+    """Whether the answer in a generated text is the gold answer.
+
+    Raises:
+        ValueError: unknown kind, or a gold answer that is not of this kind.
+    """
+    answer, wanted = extract(kind, text), extract(kind, gold)
+    if wanted is None:
+        raise ValueError(f"the gold answer {gold!r} is not a {kind}")
+    if answer is None:
+        return False
+    return abs(float(answer) - float(wanted)) <= NUMBER_TOLERANCE if kind == "number" else answer == wanted
+
+
+def kind_of(golds: Iterable[str]) -> str:
+    """The kind of a data set's answers: the first whose form all of its gold answers have, else "text"."""
+    golds = [str(gold).strip() for gold in golds]
+    for kind, form in _FORMS.items():
+        if golds and all(form.fullmatch(gold) for gold in golds):
+            return kind
+    return "text"
+
+
+def _number(text: str) -> str | None:
+    found = [("-" if match["sign"] else "") + match["digits"].replace(",", "") for match in _NUMBER.finditer(text)]
+    return found[-1] if found else None
+
+
+def _choice(text: str) -> str | None:
+    explicit = [found["capital"] or found["small"].upper() for found in _EXPLICIT_LETTER.finditer(text)]
+    if explicit:
+        return explicit[-1]
+    for rule in _LETTERS:
+        if found := rule.findall(text):
+            return found[-1]
+    return None
+
+
+def _mention(form: str) -> Callable[[str], str | None]:
+    explicit = re.compile(rf"{_SAYS}{_MARKUP}{form}", re.IGNORECASE)
+    anywhere = re.compile(rf"\b{form}", re.IGNORECASE)
+
+    def rule(text: str) -> str | None:
+        found = explicit.findall(text) or anywhere.findall(text)
+        return "".join(found[-1].lower().split()) if found else None
+
+    return rule
+
+
+def _text(text: str) -> str | None:
+    explicit = _EXPLICIT_TEXT.findall(text)
+    return _normal(explicit[-1] if explicit else text) or None
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'`*")
+
+
+_RULES: dict[str, Callable[[str], str | None]] = {
+    "number": _number,
+    "choice": _choice,
+    "bool": _mention(_BOOL),
+    "label": _mention(_LABEL),
+    "text": _text,
+}
+_FORMS = {
+    "number": re.compile(r"-?\$?[\d,]*\.?\d+"),
+    "choice": re.compile(r"[A-E]"),
+    "bool": re.compile(_BOOL, re.IGNORECASE),
+    "label": re.compile(_LABEL, re.IGNORECASE),
+}

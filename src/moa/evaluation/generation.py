@@ -1,0 +1,90 @@
+"""Greedy generation for many prompts, in batches of similar length.
+
+Contract: prompts are padded on the left and never cut; the batches come longest first, so that an estimate of the
+time left errs on the careful side and too large a batch fails at once. Decoding is plain greedy: sampling and
+penalties of the model's own generation settings are switched off. A text ends before the end-of-text token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
+) -> Iterator[tuple[list[int], list[str | None]]]:
+    """Continue every prompt.
+
+    Args:
+        model: a causal language model; in evaluation mode while its batches run.
+        tokenizer: the model's tokenizer; need not have a padding token.
+        prompts: texts, each tokenised with the tokenizer's own special tokens.
+        max_new_tokens: most tokens per continuation.
+        batch_size: prompts per batch.
+
+    Yields:
+        Places of a batch's prompts in ``prompts``, and their continuations; None for a prompt that leaves no room
+        for ``max_new_tokens`` in the model's context.
+    """
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    settings = greedy(model, tokenizer, max_new_tokens)
+    room = context(model) - max_new_tokens
+    too_long = [place for place, tokens in enumerate(ids) if len(tokens) > room]
+    if too_long:
+        yield too_long, [None] * len(too_long)
+    fitting = [place for place, tokens in enumerate(ids) if len(tokens) <= room]
+    was_training = model.training
+    model.eval()
+    try:
+        for places in batches(fitting, ids, batch_size):
+            tokens, mask = pad_left([ids[place] for place in places], settings.pad_token_id)
+            output = model.generate(
+                input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
+            yield places, tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+
+
+def batches(places: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Places in batches of similar length, longest first; equal lengths keep their order."""
+    ordered = sorted(places, key=lambda place: -len(ids[place]))
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows as one (batch, longest) tensor with its attention mask."""
+    longest = max(len(row) for row in rows)
+    tokens = [[pad] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def context(model: Any) -> int:
+    """Most tokens the model can read at once; without a limit of its own, a very large number."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**40)
+
+
+def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy decoding; what is set here overrules the model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=min(ends, default=0) if pad is None else pad,
+        eos_token_id=sorted(ends) or None,
+    )

@@ -1,0 +1,55 @@
+"""Loss on answers: tells models apart where accuracy is still at chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from moa.data.templates import example_of
+from moa.evaluation.generation import batches, context
+
+
+def answer_loss(
+    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, template: str = "alpaca", batch_size: int = 16
+) -> float:
+    """Mean cross-entropy, in nats per token, of the rows' outputs and their end-of-text token, given the prompts.
+
+    Raises:
+        ValueError: no rows, or a row longer than the model's context.
+    """
+    if not rows:
+        raise ValueError("nothing to evaluate: the data set has no rows")
+    examples = [example_of(row, template) for row in rows]
+    prompts = [tokenizer(example["prompt"])["input_ids"] for example in examples]
+    whole = [tokenizer(example["prompt"] + example["completion"])["input_ids"] for example in examples]
+    whole = [[*tokens, tokenizer.eos_token_id] for tokens in whole]
+    longest = max(map(len, whole))
+    if longest > context(model):
+        raise ValueError(f"a row has {longest} tokens, but the model's context is {context(model)}")
+    total, count = 0.0, 0
+    for places in batches(range(len(rows)), whole, batch_size):
+        loss, tokens = _batch_loss(model, [whole[p] for p in places], [len(prompts[p]) for p in places])
+        total, count = total + loss, count + tokens
+    return total / count
+
+
+@torch.inference_mode()
+def _batch_loss(model: Any, rows: list[list[int]], starts: list[int]) -> tuple[float, int]:
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    labels = tokens.masked_fill(mask == 0, -100)
+    for label, start in zip(labels, starts, strict=True):
+        label[:start] = -100
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits
+    finally:
+        model.train(was_training)
+    wanted = labels[:, 1:].flatten().to(logits.device)
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum")
+    return float(loss), int((wanted != -100).sum())

@@ -1,0 +1,65 @@
+"""A base model with or without an adapter, with the prompt template that belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+
+from moa.training.base import adapter_base, load_adapter, load_base
+from moa.training.recipe import FILE_NAME, Recipe
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to generate.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of the base model.
+        base: the base model's name.
+        template: the prompt template to use.
+    """
+
+    model: Any
+    tokenizer: Any
+    base: str
+    template: str
+
+
+def load(
+    adapter: str | None = None, base: str | None = None, *, dtype: str = "auto", template: str | None = None
+) -> Loaded:
+    """Load a model to generate with.
+
+    Args:
+        adapter: folder or hub name of a trained adapter; None: the base model as it is.
+        base: folder, hub name or ``embedded``; None: what the adapter was trained on, or ``embedded``.
+        dtype: of the base model, as in `moa.training.base.load_base`.
+        template: None: what the adapter was trained with, or ``alpaca`` (``short`` for the embedded base).
+
+    Raises:
+        ValueError: model, adapter or dtype cannot be used.
+        FileNotFoundError: no such folder.
+    """
+    base = base or (_trained_on(adapter) if adapter else "embedded")
+    model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
+    template = template or (_trained_with(adapter) if adapter else None)
+    loaded: Any = load_adapter(model, adapter) if adapter else model
+    return Loaded(loaded.eval(), tokenizer, base, template or ("short" if base == "embedded" else "alpaca"))
+
+
+def _trained_on(adapter: str) -> str:
+    on_hub = adapter.count("/") == 1 and not Path(adapter).expanduser().exists()
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path if on_hub else adapter_base(adapter)
+    if not base:
+        raise ValueError(f"the adapter {adapter} does not say which base model it belongs to: name it with --base")
+    return base
+
+
+def _trained_with(adapter: str) -> str | None:
+    recipe = Path(adapter).expanduser() / FILE_NAME
+    return Recipe.load(recipe).data.template if recipe.is_file() else None
