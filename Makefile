@@ -26,7 +26,7 @@ help:  ## list the targets
 install: $(VENV)/.installed  ## make .venv with MoA and all development tools
 
 demo: $(VENV)/.installed  ## fine-tune the embedded base with Soft MoA and show what it learned
-	$(BIN)/moa demo
+	OMP_WAIT_POLICY=passive $(BIN)/moa demo
 
 test: lint docs pytest  ## lint, strict docs build and all tests: what CI runs
 

@@ -61,7 +61,7 @@ def test_adamole_is_a_configuration() -> None:
 
 
 def test_a_token_without_active_experts_keeps_its_zeros() -> None:
-    gates = Threshold(constant=True, gamma_max=1.0, renormalise=True)(LOGITS)
+    gates = Threshold(constant=True, gamma_max=1.0, renormalise=True, train_threshold="frozen")(LOGITS)
     assert gates.weights.tolist() == [[0, 0, 0]]
 
 

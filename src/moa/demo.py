@@ -1,4 +1,4 @@
-"""The demonstration: a small language model learns nine tasks with Soft MoA, measured before and after.
+"""The demonstration: a small language model learns a suite of small tasks with Soft MoA, measured before and after.
 
 Nothing here is staged: training is `moa.training.sft.train` with the recipe ``embedded-soft-moa``, accuracies come
 from `moa.evaluation` on questions that are in no training row, and the examples are written by a fresh process that

@@ -118,7 +118,8 @@ class Threshold(Gating):
     - ``straight-through``: the same weights; in backward the step is replaced by a sigmoid of ``s - Gamma``.
     - ``shifted``: weight ``max(s - Gamma, 0)`` (AdaMoLE, eq. 6), continuous at the threshold.
     - ``closed-form``: sparsegen, the Euclidean projection of ``s / (1 - Gamma)`` onto the simplex (Laha et al. 2018,
-      as in LD-MoLE), times ``sum(s)`` so that the total weight is that of Soft MoA.
+      as in LD-MoLE), times ``sum(s)`` so that the total weight is that of Soft MoA. Gamma then says how sparse to
+      be and is no longer a level that scores are compared with. The default, by experiment (`docs/concepts.md`).
 
     Attributes:
         gamma_max: upper end of the threshold, in (0, 1].
@@ -131,7 +132,7 @@ class Threshold(Gating):
     kind: ClassVar[str] = "threshold"
     gamma_max: float = 0.5
     constant: bool = False
-    train_threshold: str = "straight-through"
+    train_threshold: str = "closed-form"
     score: str = "sigmoid"
     renormalise: bool = False
 

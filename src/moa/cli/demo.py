@@ -1,4 +1,4 @@
-"""`moa demo`: a small language model learns nine tasks before your eyes."""
+"""`moa demo`: a small language model learns the bundled tasks before your eyes."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def comparison(before: Sequence[Outcome], after: Sequence[Outcome]) -> Table:
     """Accuracy by task before and after, with the means of families and of all."""
     from moa.evaluation.results import family_means
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
     table.add_column("family", no_wrap=True)
     for column in ("chance", "before", "after", "95 % interval", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for (data, old), (_, new) in zip(before, after, strict=True):
         low, high = new.interval
         chance, was, now = (f"{share:.0%}" for share in (data.chance or 0, old.accuracy, new.accuracy))
-        interval = f"{low:.0%} to {high:.0%}"
+        interval = f"{100 * low:.0f} to {100 * high:.0f}"
         table.add_row(data.name, data.family, chance, was, f"[bold green]{now}[/]", interval, str(len(new.items)))
     table.add_section()
     old_means, new_means = family_means(before), family_means(after)
@@ -111,7 +111,7 @@ def _routing(adapter: Path, sets: Sequence[EvaluationSet], console: Console) -> 
     from moa.demo import mean_gates
 
     gates, experts = mean_gates(adapter, sets)
-    console.print("How far the routers open each expert: mean gate over test prompts, bright is open", highlight=False)
+    console.print("How far the routers open each expert (mean gate over test prompts; bright: open)", highlight=False)
     console.print(heatmap(gates.tolist(), [f"block {number}" for number in range(len(gates))], experts))
     console.print()
 
