@@ -169,7 +169,7 @@ def test_result_file_holds_everything(answering: Any, tiny_tokenizer: Any, tmp_p
     write(file, as_json(outcomes, {"base": "tiny", "seed": 0}))
     content = json.loads(file.read_text())
     assert content["settings"] == {"base": "tiny", "seed": 0}
-    assert content["command"].startswith("moa ")
+    assert content["command"].startswith("moa")
     assert content["versions"].keys() >= {"moa", "torch", "transformers", "peft"}
     assert content["mean_accuracy"] == means
     assert content["sets"]["mine"]["accuracy"] == 1.0

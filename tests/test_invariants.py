@@ -84,9 +84,10 @@ def family_rows(family: str) -> list[Row]:
     experts: list[Any] = [LoraExpert(targets, r=3), ParallelExpert(size=6)]
     widest = [*targets, "up"] if traits.down else targets
     prompt = [PromptExpert(length=4)] if traits.prompt else []
+    hard = Threshold(train_threshold="straight-through")  # drops whole experts, and leaves each some token
     return [
         Row(family, "soft", {"experts": experts + prompt}),
-        Row(family, "sparse", {"experts": [LoraExpert(widest, r=2), ParallelExpert()], "gating": Threshold()}),
+        Row(family, "sparse", {"experts": [LoraExpert(widest, r=2), ParallelExpert()], "gating": hard}),
         Row(family, "instance", {"experts": experts + prompt, "router": Router(level="instance", input="attention")}),
     ]
 

@@ -380,7 +380,7 @@ def test_a_compiled_block_equals_the_eager_one(backend):
     torch.testing.assert_close(output, expected)
     assert found.keys() == gradient.keys()
     for name in gradient:
-        torch.testing.assert_close(found[name], gradient[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name], gradient[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_compiled_block_sees_the_adapter_switched_off():

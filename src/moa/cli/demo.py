@@ -131,7 +131,7 @@ def _farewell(adapter: Path, seconds: float, console: Console) -> None:
         f"Done in {seconds / 60:.1f} minutes. In {adapter}: the adapter ({size:.1f} MB), its recipe, all answers.",
         "",
         "Try next:",
-        f'  moa generate {adapter} "Sort these numbers from smallest to largest: 52, 9, 71, 30."',
+        f'  moa generate {adapter} "Ann has 12 pens. Ann gives 5 of them to Ben. How many pens does Ann have left?"',
         f"  moa eval {adapter} --data tasks:sorting,lookup --limit 500",
         "  moa train embedded-sparse-moa",
         "  moa recipes ls",
