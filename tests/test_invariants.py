@@ -268,12 +268,17 @@ def test_bfloat16_base_under_autocast(row: Row, tokens: Tensor) -> None:
             assert torch.isfinite(gradient).all(), name
 
 
-def test_an_expert_that_is_off_adds_nothing(model: PeftModel, tokens: Tensor) -> None:
-    """Gates recorded from outside are what multiplied the experts: exact zeros, not small numbers, when masked."""
+def test_recorded_gates_are_those_of_the_rule(row: Row, model: PeftModel, tokens: Tensor) -> None:
+    """One column per expert; under a hard threshold exact zeros below it and the plain score above."""
     with moa.gate_values(model) as record:
         logits(model, tokens)
-    for block, thresholds in record.thresholds.items():
-        gates = record.gates[block]
+    gating = row.make_config().gating
+    hard = getattr(gating, "train_threshold", None) in ("frozen", "straight-through")
+    for block, gates in record.gates.items():
         assert gates.shape == (*tokens.shape, len(record.columns[block]))
-        if thresholds is not None:
-            assert thresholds.shape == (*tokens.shape, 1)
+        threshold = record.thresholds[block]
+        assert (threshold is None) == (not isinstance(gating, Threshold))
+        if hard:
+            assert threshold is not None
+            kept = gates != 0
+            assert (gates >= threshold)[kept].all()

@@ -179,12 +179,12 @@ def _shifted(scores: Tensor, threshold: Tensor) -> Tensor:
 def _closed_form(scores: Tensor, threshold: Tensor) -> Tensor:
     """Sparsegen: ``p_i = max((s_i - tau) / (1 - Gamma), 0)`` with tau such that the p sum to one."""
     spread = (1 - threshold).clamp_min(1e-3)
-    ordered = scores.sort(dim=-1, descending=True).values
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-    cumulative = ordered.cumsum(-1)
-    in_support = spread + rank * ordered > cumulative
-    size = in_support.sum(-1, keepdim=True)
-    tau = (cumulative.gather(-1, size - 1) - spread) / size
+    with torch.no_grad():  # who is in the support; gradients need not pass through the sorting
+        ordered = scores.sort(dim=-1, descending=True).values
+        rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+        size = (spread + rank * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True)
+        support = (scores >= ordered.gather(-1, size - 1)).to(scores.dtype)
+    tau = ((scores * support).sum(-1, keepdim=True) - spread) / support.sum(-1, keepdim=True)
     return torch.relu((scores - tau) / spread) * scores.sum(-1, keepdim=True)
 
 
