@@ -31,7 +31,12 @@ def uses_interface(attention: nn.Module) -> bool:
     return False
 
 
-def _host_function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
+def host_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that the module's configuration names, without guests."""
+    return _function(attention, attention.config._attn_implementation.removeprefix(PREFIX))
+
+
+def _function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     if implementation != "eager":
         return AttentionInterface._global_mapping[implementation]
     for cls in type(attention).__mro__:  # 'eager' is not registered: every modeling file has its own
@@ -50,7 +55,7 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
             if guest.context.bypassed:  # a guest is asking for its own keys and values
                 guest.context.notes["probe"] = (key, value)
                 return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-        output, weights = _host_function(module, implementation)(module, query, key, value, mask, *args, **kwargs)
+        output, weights = _function(module, implementation)(module, query, key, value, mask, *args, **kwargs)
         for guest in guests:
             output = guest.after_attention(module, query, kwargs.get("scaling"), output)
         return output, weights

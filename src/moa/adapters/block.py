@@ -148,13 +148,19 @@ def routed_class(base: Any) -> Any:
     """The subclass of a decoder block's class that routes; under the same name, so that whoever looks blocks up by
     class name (device maps, FSDP's wrap policies, output recording) still finds them.
     """
+    from moa.adapters.fused import continued, whole_block  # here, because it knows the experts, which know this module
+
     parameters = parameters_of_forward(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = bound_arguments(parameters, args, kwargs)
+        output = continued(self, arguments)
+        if output is not None:
+            return output
         self.mixture.open(arguments["hidden_states"], arguments)
         try:
-            return base.forward(self, *args, **kwargs)
+            output = whole_block(self, arguments)
+            return base.forward(self, *args, **kwargs) if output is None else output
         finally:
             self.mixture.close()
 

@@ -7,6 +7,7 @@ experts of a block and the copies inside one expert. Scores are computed in floa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -46,12 +47,14 @@ class Gating:
 
     Attributes:
         kind: the rule's name in a saved configuration.
+        selects: whether weights may be exactly 0, so that work can be skipped.
         balance: weight of the load-balance loss ``E * sum_e share_e * mean_score_e`` (Switch Transformer, eq. 4);
             0 switches it off. Its gradient is added in backward, the reported loss stays the model's own.
         z_loss: weight of the squared log-sum-exp of the logits (ST-MoE, eq. 5); 0 switches it off.
     """
 
     kind: ClassVar[str]
+    selects: ClassVar[bool] = False
     learns_threshold: ClassVar[bool] = False
     balance: float = 0.0
     z_loss: float = 0.0
@@ -67,6 +70,10 @@ class Gating:
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         raise NotImplementedError
 
+    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
+        """The weights of one token, (1, experts), as numbers; a rule may compute them without tensors."""
+        return self(logits, threshold_logit).weights[0].tolist()
+
 
 @dataclass
 class Soft(Gating):
@@ -77,6 +84,9 @@ class Soft(Gating):
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         weights = torch.sigmoid(_wide(logits))
         return Gates(weights, weights)
+
+    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
+        return [_sigmoid(logit) for logit in logits[0].tolist()]
 
 
 @dataclass
@@ -95,6 +105,7 @@ class TopK(Gating):
     """The ``k`` experts of highest softmax score, renormalised to sum to one (top-k MoE-LoRA)."""
 
     kind: ClassVar[str] = "topk"
+    selects: ClassVar[bool] = True
     k: int = 2
 
     def __post_init__(self) -> None:
@@ -130,6 +141,7 @@ class Threshold(Gating):
     """
 
     kind: ClassVar[str] = "threshold"
+    selects: ClassVar[bool] = True
     gamma_max: float = 0.5
     constant: bool = False
     train_threshold: str = "closed-form"
@@ -160,6 +172,25 @@ class Threshold(Gating):
         balanced = scores - threshold if self.train_threshold == "shifted" else scores
         return Gates(_sum_to_one(weights) if self.renormalise else weights, balanced, threshold)
 
+    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
+        if self.score != "sigmoid" or self.renormalise or self.constant or threshold_logit is None:
+            return super().of_token(logits, threshold_logit)
+        scores = [_sigmoid(logit) for logit in logits[0].tolist()]
+        threshold = self.gamma_max * _sigmoid(threshold_logit.item())
+        if self.train_threshold == "closed-form":
+            spread, total, tau = max(1 - threshold, 1e-3), 0.0, -math.inf
+            for rank, score in enumerate(sorted(scores, reverse=True), start=1):
+                total += score
+                tau = max(tau, (total - spread) / rank)
+            return [max((score - tau) / spread, 0.0) * total for score in scores]
+        if self.train_threshold == "shifted":
+            return [max(score - threshold, 0.0) for score in scores]
+        return [score if score >= threshold else 0.0 for score in scores]
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
 
 def _frozen(scores: Tensor, threshold: Tensor) -> Tensor:
     return scores * (scores - threshold >= 0)
@@ -177,13 +208,15 @@ def _shifted(scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _closed_form(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Sparsegen: ``p_i = max((s_i - tau) / (1 - Gamma), 0)`` with tau such that the p sum to one."""
+    """Sparsegen: ``p_i = max((s_i - tau) / (1 - Gamma), 0)`` with tau such that the p sum to one.
+
+    That tau is the largest of ``(sum of the k best scores - (1 - Gamma)) / k`` over k.
+    """
     spread = (1 - threshold).clamp_min(1e-3)
     with torch.no_grad():  # who is in the support; gradients need not pass through the sorting
-        ordered = scores.sort(dim=-1, descending=True).values
+        best = scores.sort(dim=-1, descending=True).values.cumsum(-1)
         rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-        size = (spread + rank * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True)
-        support = (scores >= ordered.gather(-1, size - 1)).to(scores.dtype)
+        support = (scores > ((best - spread) / rank).amax(-1, keepdim=True)).to(scores.dtype)
     tau = ((scores * support).sum(-1, keepdim=True) - spread) / support.sum(-1, keepdim=True)
     return torch.relu((scores - tau) / spread) * scores.sum(-1, keepdim=True)
 
