@@ -388,7 +388,7 @@ RULES += [Threshold(score="softmax", gamma_max=0.1), Threshold(constant=True), G
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{getattr(rule, 'train_threshold', '')}")
 def test_one_tokens_gates_are_those_of_the_tensor_rule(rule: Any) -> None:
     for seed in range(50):
-        logits = draw(1, 6, seed=seed, grad=False) * 5
-        threshold = draw(1, 1, seed=seed + 100, grad=False) * 3
-        expected = rule(logits, threshold).weights[0]
-        torch.testing.assert_close(torch.tensor(rule.of_token(logits, threshold), dtype=torch.float64), expected)
+        logits = (draw(6, seed=seed, grad=False) * 5).float()
+        threshold = (draw(1, seed=seed + 100, grad=False) * 3).float()
+        expected = rule(logits, threshold).weights
+        torch.testing.assert_close(torch.tensor(rule.of_token(logits.tolist(), threshold.item())), expected)

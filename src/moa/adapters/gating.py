@@ -70,9 +70,10 @@ class Gating:
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         raise NotImplementedError
 
-    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
-        """The weights of one token, (1, experts), as numbers; a rule may compute them without tensors."""
-        return self(logits, threshold_logit).weights[0].tolist()
+    def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
+        """One token's weights as numbers; a rule may compute them without tensors, which decoding is faster for."""
+        threshold = None if threshold_logit is None else torch.tensor([threshold_logit])
+        return self(torch.tensor(logits), threshold).weights.tolist()
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Soft(Gating):
         weights = torch.sigmoid(_wide(logits))
         return Gates(weights, weights)
 
-    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
-        return [_sigmoid(logit) for logit in logits[0].tolist()]
+    def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
+        return [_sigmoid(logit) for logit in logits]
 
 
 @dataclass
@@ -172,11 +173,11 @@ class Threshold(Gating):
         balanced = scores - threshold if self.train_threshold == "shifted" else scores
         return Gates(_sum_to_one(weights) if self.renormalise else weights, balanced, threshold)
 
-    def of_token(self, logits: Tensor, threshold_logit: Tensor | None = None) -> list[float]:
+    def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
         if self.score != "sigmoid" or self.renormalise or self.constant or threshold_logit is None:
             return super().of_token(logits, threshold_logit)
-        scores = [_sigmoid(logit) for logit in logits[0].tolist()]
-        threshold = self.gamma_max * _sigmoid(threshold_logit.item())
+        scores = [_sigmoid(logit) for logit in logits]
+        threshold = self.gamma_max * _sigmoid(threshold_logit)
         if self.train_threshold == "closed-form":
             spread, total, tau = max(1 - threshold, 1e-3), 0.0, -math.inf
             for rank, score in enumerate(sorted(scores, reverse=True), start=1):

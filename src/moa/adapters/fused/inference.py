@@ -12,6 +12,8 @@ from moa.adapters.fused.elementwise import rms_norm, rotate, wide
 from moa.adapters.fused.prepared import FastRouter, Group, Prepared, PreparedBlocks, Write
 from moa.adapters.fused.training import attention
 
+FEW_TOKENS = 16  # up to here a rule that selects is faster on numbers than on tensors; measured with 8 and 32
+
 Gate: TypeAlias = float | Tensor | None
 """One expert's gate: a number for a single token, (n, 1) for several, None if no token chose it."""
 
@@ -47,9 +49,19 @@ def route(router: FastRouter, hidden: Tensor) -> list[Gate]:
         end = 2 * router.hidden
         logits = router.write(F.silu(first[:, : router.hidden]).mul_(first[:, router.hidden : end]))
     threshold = first[:, end:] if router.gating.learns_threshold else None
-    if len(logits) == 1 and logits.device.type == "cpu":
-        return [gate or None for gate in router.gating.of_token(logits, threshold)]
+    if logits.device.type == "cpu" and (len(logits) == 1 or (router.gating.selects and len(logits) <= FEW_TOKENS)):
+        thresholds = [None] * len(logits) if threshold is None else threshold[:, 0].tolist()
+        rows = [router.gating.of_token(row, t) for row, t in zip(logits.tolist(), thresholds, strict=True)]
+        return columns_of_numbers(rows, hidden)
     return columns_of(router.gating(logits, threshold).weights.to(hidden.dtype), router.gating.selects)
+
+
+def columns_of_numbers(rows: list[list[float]], like: Tensor) -> list[Gate]:
+    """Gates by token and column -> one `Gate` per column, in the dtype of ``like``."""
+    if len(rows) == 1:
+        return [gate or None for gate in rows[0]]
+    columns = torch.tensor(rows, dtype=like.dtype).unsqueeze(-1).unbind(1)
+    return [column if any(gates) else None for column, gates in zip(columns, zip(*rows, strict=True), strict=True)]
 
 
 def columns_of(gates: Tensor, selects: bool) -> list[Gate]:
