@@ -292,7 +292,8 @@ def test_an_offloaded_base_gives_the_same_logits(when):
         tensors = {name: t.clone() for name, t in model.state_dict().items()}
         cpu_offload(model, torch.device("cpu"), state_dict=tensors)
         assert all(p.is_meta for p in model.parameters())
-    assert torch.equal(logits(model), expected)
+    # An offloaded block calls its layers one by one; a block in place computes some of them together.
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_loads_onto_an_offloaded_base(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,6 +79,11 @@ class RouterLayer(Attached):
             if getattr(self.gating[adapter], "train_threshold", None) == "frozen":
                 threshold.requires_grad_(False)
 
+    def input_layers(self, adapter: str) -> list[nn.Linear]:
+        """What reads the router's input: w1 and w3, or w2 if it is linear, then the threshold's layer if it has one."""
+        containers = [self.moa_w1, self.moa_w3] if adapter in self.moa_w1 else [self.moa_w2]
+        return [container[adapter] for container in (*containers, self.moa_threshold) if adapter in container]  # type: ignore[misc]
+
     def forward(self, features: Tensor, adapter: str, tokens: Tensor | None = None) -> Gates:
         """Route.
 
@@ -89,15 +95,35 @@ class RouterLayer(Attached):
         Returns:
             `Gates`, each tensor (batch, tokens, outputs).
         """
-        w2 = self.moa_w2[adapter]
-        x = self._cast_input_dtype(features, w2.weight.dtype)
-        hidden = x
-        if adapter in self.moa_w1:
-            hidden = F.silu(self.moa_w1[adapter](x)) * self.moa_w3[adapter](x)
-        logits = w2(hidden)
-        threshold = self.moa_threshold[adapter](x) if adapter in self.moa_threshold else None
+        first = read_input(self.input_layers(adapter), features, self.moa_w2[adapter].weight.dtype)
+        threshold = first.pop() if adapter in self.moa_threshold else None
+        logits = self.moa_w2[adapter](F.silu(first[0]) * first[1]) if adapter in self.moa_w1 else first[0]
         gating = self.gating[adapter]
         gates = gating(logits, threshold)
         if self.training and gating.has_auxiliary_loss:
             gates = add_auxiliary_loss(gates, logits, tokens, gating)
         return gates
+
+
+def read_input(layers: list[nn.Linear], x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Every layer's output (..., out) for ``x`` (..., in), in ``dtype``.
+
+    As one product in the dtype of ``x``, which is then read once and not copied, unless somebody has to see the layers
+    being called: offloading and ZeRO fetch their weights that way.
+    """
+    if len(layers) == 1 or any(is_watched(layer) for layer in layers):
+        x = x.to(dtype)
+        return [layer(x) for layer in layers]
+    weight, bias = stacked(layers, x.dtype)
+    return list(F.linear(x, weight, bias).to(dtype).split([len(layer.weight) for layer in layers], dim=-1))
+
+
+def stacked(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights (sum of outs, in) and biases (sum of outs,) of several layers below each other."""
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat([layer.weight for layer in layers]).to(dtype), torch.cat(biases).to(dtype)
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its arithmetic."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)

@@ -25,6 +25,7 @@ from moa.adapters.fused.parts import Parts
 from moa.adapters.fused.projections import Projections, stack
 from moa.adapters.fused.training import prompt_of
 from moa.adapters.gating import Gating
+from moa.adapters.routers import is_watched, stacked
 
 
 class Linear(NamedTuple):
@@ -204,16 +205,12 @@ def fast_router(mixture: Any, adapter: str, dtype: torch.dtype) -> FastRouter | 
     """The block's router without its modules, or None if somebody watches it or it decides for more than a token."""
     if adapter not in mixture.router or mixture.router[adapter].level != "token" or mixture._forward_hooks:
         return None
-    w2 = mixture.moa_w2[adapter]
-    first = [mixture.moa_w1[adapter], mixture.moa_w3[adapter]] if adapter in mixture.moa_w1 else [w2]
-    if adapter in mixture.moa_threshold:
-        first.append(mixture.moa_threshold[adapter])
-    if any(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__ for layer in (*first, w2)):
+    w2, first = mixture.moa_w2[adapter], mixture.input_layers(adapter)
+    if any(is_watched(layer) for layer in (*first, w2)):
         return None
-    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in first]
     linear = first[0] is w2
     return FastRouter(
-        read=Read(torch.cat([layer.weight for layer in first]).to(dtype), torch.cat(biases).to(dtype)),
+        read=Read(*stacked(first, dtype)),
         hidden=0 if linear else len(first[0].weight),
         write=None if linear else Linear(w2.weight.t(), w2.bias),
         outputs=len(w2.weight),
