@@ -8,6 +8,7 @@ from moa.adapters.presets import preset
 from moa.adapters.reference import load_reference, reference_config
 from moa.adapters.routers import Router
 from moa.adapters.telemetry import gate_values
+from moa.spans import SpanPlan, apply_spans
 
 __all__ = [
     "Copies",
@@ -19,8 +20,10 @@ __all__ = [
     "Router",
     "Soft",
     "Softmax",
+    "SpanPlan",
     "Threshold",
     "TopK",
+    "apply_spans",
     "gate_values",
     "load_reference",
     "preset",

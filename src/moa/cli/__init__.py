@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from moa.cli.bench import BenchCommand, bench
 from moa.cli.demo import demo
 from moa.cli.env import env
 from moa.cli.errors import Commands, show_traces
 from moa.cli.evaluate import evaluate
 from moa.cli.generate import generate
 from moa.cli.import_reference import import_reference
+from moa.cli.inspect import inspect
 from moa.cli.recipes import recipes
+from moa.cli.spans import spans
 from moa.cli.train import TrainCommand, train
 
 app = typer.Typer(
@@ -39,8 +42,11 @@ def main(
 
 app.command()(demo)
 app.command(cls=TrainCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command(cls=BenchCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.add_typer(recipes, name="recipes")
+app.add_typer(spans, name="spans")
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(inspect)
 app.command()(import_reference)
 app.command()(env)

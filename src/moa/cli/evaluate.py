@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moa.cli.options import BaseOption, DtypeOption, SpansOption
 from moa.cli.tables import accuracy_table, progress_bar
 
 
@@ -23,12 +24,8 @@ def evaluate(
             metavar="SOURCE",
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model: a folder, owner/name on the hub, or embedded. Default: what the adapter was trained on."
-        ),
-    ] = None,
+    base: BaseOption = None,
+    spans: SpansOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows of each set, drawn at random.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for settings, accuracies and every answer.")] = None,
     template: Annotated[
@@ -38,7 +35,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest answer. Default: 256, 40 for true/false, labels and tasks:.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the answers.")] = 32,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the random draw of rows.")] = 0,
 ) -> None:
     """Measure accuracy: greedy answers, fixed extraction rules, 95 % intervals.
@@ -56,7 +53,7 @@ def evaluate(
 
     sources = data or ["tasks:all"]
     sets = load_all(sources, limit=limit, seed=seed, max_new_tokens=max_new_tokens)
-    loaded = models.load(adapter, base, dtype=dtype, template=template)
+    loaded = models.load(adapter, base, dtype=dtype, template=template, spans=spans)
     console = Console()
     with progress_bar(console) as bar:
         line = bar.add_task("", total=sum(len(found.rows) for found in sets))
@@ -73,6 +70,7 @@ def evaluate(
         settings = {
             "base": loaded.base,
             "adapter": adapter,
+            "spans": spans,
             "data": sources,
             "limit": limit,
             "seed": seed,

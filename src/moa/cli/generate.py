@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moa.cli.options import BaseOption, DtypeOption, SpansOption
+
 
 def generate(
     adapter: Annotated[
@@ -17,12 +19,8 @@ def generate(
         str | None,
         typer.Argument(help="The instruction. Without one: a prompt to type at, or one instruction per input line."),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model: a folder, owner/name on the hub, or embedded. Default: what the adapter was trained on."
-        ),
-    ] = None,
+    base: BaseOption = None,
+    spans: SpansOption = None,
     template: Annotated[
         str | None,
         typer.Option(help="Prompt template: alpaca, short, or none. Default: what the adapter was trained with."),
@@ -30,7 +28,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. Above 0: sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Write answers as they come, token by token.
 
@@ -47,7 +45,8 @@ def generate(
     from moa.evaluation import models
 
     plain = template == "none"
-    loaded = models.load(None if adapter == "-" else adapter, base, dtype=dtype, template=None if plain else template)
+    adapter = None if adapter == "-" else adapter
+    loaded = models.load(adapter, base, dtype=dtype, template=None if plain else template, spans=spans)
     torch.manual_seed(seed)
     for instruction in _instructions() if prompt is None else [prompt]:
         text = instruction if plain else prompt_of({"instruction": instruction}, loaded.template)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
+from moa.assets import EMBEDDED
+from moa.spans import apply_spans
 from moa.training.base import adapter_base, load_adapter, load_base
 from moa.training.recipe import FILE_NAME, Recipe
+from moa.training.spans import plan_for_use
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,12 @@ class Loaded:
 
 
 def load(
-    adapter: str | None = None, base: str | None = None, *, dtype: str = "auto", template: str | None = None
+    adapter: str | None = None,
+    base: str | None = None,
+    *,
+    dtype: str = "auto",
+    template: str | None = None,
+    spans: str | None = None,
 ) -> Loaded:
     """Load a model to generate with.
 
@@ -39,6 +47,7 @@ def load(
         adapter: folder or hub name of a trained adapter; None: the base model as it is.
         base: folder, hub name or ``embedded``; None: what the adapter was trained on, or ``embedded``.
         dtype: of the base model, as in `moa.training.base.load_base`.
+        spans: path of a span plan to attend by, ``none`` for dense attention; None: what the adapter was trained under.
         template: None: what the adapter was trained with, or ``alpaca`` (``short`` for the embedded base).
 
     Raises:
@@ -46,10 +55,13 @@ def load(
         FileNotFoundError: no such folder.
     """
     base = base or (_trained_on(adapter) if adapter else "embedded")
+    plan = plan_for_use(adapter, spans)
     model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
     template = template or (_trained_with(adapter) if adapter else None)
     loaded: Any = load_adapter(model, adapter) if adapter else model
-    return Loaded(loaded.eval(), tokenizer, base, template or ("short" if base == "embedded" else "alpaca"))
+    if plan is not None:
+        apply_spans(loaded, plan)
+    return Loaded(loaded.eval(), tokenizer, base, template or ("short" if base in EMBEDDED else "alpaca"))
 
 
 def _trained_on(adapter: str) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moa.adapters.choices import check_choice, nearest
 from moa.adapters.config import MoAConfig
-from moa.assets import base_path
+from moa.assets import EMBEDDED, base_path
 from moa.training.checkpoints import WEIGHTS
 
 CONFIG = "adapter_config.json"
@@ -41,7 +41,7 @@ def load_base(
     """A causal language model and its tokenizer.
 
     Args:
-        name: a folder, ``owner/name`` on the hub, or ``embedded``.
+        name: a folder, ``owner/name`` on the hub, or one of the embedded models (`moa.assets.EMBEDDED`).
         dtype: a torch dtype or its name; ``auto`` as in `resolve_dtype`.
         device_map: as in transformers.
         four_bit: quantise the weights to NF4 with bitsandbytes.
@@ -53,7 +53,7 @@ def load_base(
         ValueError: the model cannot be loaded; says from where and why.
         FileNotFoundError: the folder does not exist.
     """
-    source = str(base_path()) if name == "embedded" else _existing(name, "base model")
+    source = str(base_path(name)) if name in EMBEDDED else _existing(name, "base model")
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": device_map, "use_safetensors": True}
     if four_bit:
         options["quantization_config"] = _four_bit()

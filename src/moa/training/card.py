@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from moa.assets import EMBEDDED
 from moa.training.recipe import FILE_NAME, Recipe
 
 _BODY = """---
@@ -41,7 +42,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 _LOAD_EMBEDDED = """from moa.training.base import load_adapter, load_base
 
-base, tokenizer = load_base("embedded")
+base, tokenizer = load_base("{base}")
 model = load_adapter(base, "path/to/this/folder")"""
 
 
@@ -54,12 +55,12 @@ def write_card(folder: Path, recipe: Recipe, *, name: str, steps: int, loss: flo
         base_model=recipe.base if on_hub else None,
         tags=["moa", "mixture-of-adapters", *([f"base_model:adapter:{recipe.base}"] if on_hub else [])],
     )
-    base = recipe.base if on_hub or recipe.base == "embedded" else Path(recipe.base).name
+    base = recipe.base if on_hub or recipe.base in EMBEDDED else Path(recipe.base).name
     text = _BODY.format(
         metadata=metadata.to_yaml(),
         name=name,
         base=base,
-        load=(_LOAD_EMBEDDED if base == "embedded" else _LOAD_HUB).format(base=base),
+        load=(_LOAD_EMBEDDED if base in EMBEDDED else _LOAD_HUB).format(base=base),
         steps=steps,
         trainable=trainable,
         loss=loss,

@@ -43,7 +43,9 @@ class Data:
 class Recipe:
     """A training run. `knobs` lists every key with its documentation."""
 
-    base: str = knob("embedded", "base model: a folder, owner/name on the hub, or embedded (ships with moa)")
+    base: str = knob(
+        "embedded", "base model: a folder, owner/name on the hub, embedded or embedded-long"
+    )
     adapter: dict[str, Any] = field(
         default_factory=lambda: {"preset": "soft-moa"},
         metadata={
@@ -53,6 +55,7 @@ class Recipe:
     )
     data: Data = field(default_factory=Data)
     output: str = knob("moa-adapter", "folder for the adapter, its checkpoints and its log")
+    spans: str | None = knob(None, "span plan (JSON) whose attention the adapter learns under; copied beside it")
 
     epochs: float = knob(1.0, "passes over the data", within=Range(0, open_low=True))
     max_steps: int | None = knob(None, "stop after this many optimizer steps instead of epochs", within=Range(1))

@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from moa.adapters.auxiliary import auxiliary_scale
 from moa.data import example_of, load_rows
+from moa.spans import SpanPlan
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, StopOnInterrupt
@@ -20,6 +21,8 @@ from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
 from moa.training.output import check_output, clear_output, move_into
 from moa.training.recipe import Recipe
+from moa.training.spans import FILE_NAME as PLAN_NAME
+from moa.training.spans import plan_from, under
 from moa.training.stops import Interrupted
 from moa.training.trainer import Trainer
 
@@ -47,6 +50,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     """
     checkpoint = check_output(recipe, resume=resume, overwrite=overwrite)
     folder = Path(recipe.output).expanduser()
+    plan = plan_from(recipe.spans)
     rows = [row for source in recipe.data.train for row in _rows(recipe, source)]
     model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
     interrupt = StopOnInterrupt()
@@ -58,7 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
         if resume:
             print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
     trainer.accelerator.wait_for_everyone()
-    with interrupt, auxiliary_scale(1 / recipe.gradient_accumulation_steps):
+    with interrupt, auxiliary_scale(1 / recipe.gradient_accumulation_steps), under(model, plan):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
@@ -66,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
             f"run the same command with --resume to continue"
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    _save(trainer, recipe, folder, losses[-1] if losses else result.training_loss)
+    _save(trainer, recipe, plan, folder, losses[-1] if losses else result.training_loss)
     return folder
 
 
@@ -151,7 +155,7 @@ def _check_lengths(trainer: Trainer, given: int, max_length: int) -> None:
     print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable: {trainable / everything:.2%}")
 
 
-def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
+def _save(trainer: Trainer, recipe: Recipe, plan: SpanPlan | None, folder: Path, loss: float) -> None:
     """Write the adapter aside and move it into place, so that a full disk leaves no half adapter."""
     written = folder / WRITING / "adapter"
     with room_on_disk(folder, "the adapter"):
@@ -165,4 +169,6 @@ def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
                 loss=loss,
                 trainable=trainer.model.get_nb_trainable_parameters()[0],
             )
+            if plan is not None:
+                plan.save(written / PLAN_NAME)
             move_into(folder, written)

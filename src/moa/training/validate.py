@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from moa.adapters.block import Mixture
 from moa.adapters.experts import ExpertLayer
-from moa.assets import base_path
+from moa.assets import EMBEDDED, base_path
 from moa.recipes import base_config
 from moa.training.adapter import adapter_config
 from moa.training.recipe import Recipe
@@ -66,7 +66,7 @@ def count_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def _config_of(base: str) -> PretrainedConfig:
-    source: Any = base_path() if base == "embedded" else (base_config(base) or Path(base).expanduser())
+    source: Any = base_path(base) if base in EMBEDDED else (base_config(base) or Path(base).expanduser())
     try:
         return AutoConfig.from_pretrained(source if Path(source).exists() else base, trust_remote_code=False)
     except (OSError, ValueError) as error:

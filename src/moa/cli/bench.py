@@ -1,0 +1,161 @@
+"""``moa bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+from typer.core import TyperCommand
+
+from moa.cli.train import flags
+
+
+class BenchCommand(TyperCommand):
+    """Adds every key of a study to the help page."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from moa.studies.study import Study
+        from moa.training.knobs import describe
+
+        table = Table(
+            Column("key", no_wrap=True), "default", "meaning", title="Study keys", title_justify="left", box=None
+        )
+        for name, default, doc in describe(Study):
+            table.add_row(name, default, doc)
+        Console().print(table)
+
+
+def bench(
+    context: typer.Context,
+    study: Annotated[str, typer.Argument(help="A study file, see docs/howto/bench.md.", metavar="STUDY.yaml")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show cells, parameters and an estimate of the time; train nothing else.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this method alone; may be repeated.", metavar="METHOD")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time, each a process of one thread.")] = 1,
+) -> None:
+    """Compare fine-tuning methods at equal trained parameters, and state a verdict with intervals.
+
+    Any single key of the study is a flag, too: `moa bench mine.yaml --steps 50 --output runs/quick`.
+
+    Every training run is a cell with a file of its own. A study that was stopped or killed goes on when the command is
+    given again; cells whose configuration was changed are run again. The output folder then holds `index.html` (the
+    verdict), `results.json`, `results.md` and `cells/`.
+    """
+    from moa.studies.conduct import conduct, plan
+    from moa.studies.study import Study
+    from moa.training.stops import TrainingStopped
+
+    console = Console()
+    resolved = Study.load(study, flags(context.args))
+    with console.status("sizing methods") as status:
+        planned = plan(resolved, only or [], lambda name: status.update(f"sizing {name}"))
+    if dry_run:
+        _show_plan(console, planned, workers)
+        return
+    failures = []
+    try:
+        with _bar(console) as bar:
+            line = bar.add_task("", total=None, left="")
+            failures = conduct(planned, workers=workers, progress=lambda state: _advance(bar, line, state))
+    finally:
+        _show_results(console, planned)
+    if failures:
+        shown = "\n  ".join(f"{failure.message} ({failure.log})" for failure in failures[:5])
+        raise TrainingStopped(f"{len(failures)} cells failed; give the command again to retry them:\n  {shown}")
+
+
+def _bar(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+    )
+
+
+def _advance(bar: Any, line: Any, state: Any) -> None:
+    left = "" if state.seconds_left is None else f"about {_span(state.seconds_left)} left"
+    bar.update(line, description=state.phase, completed=state.done, total=state.total, left=left)
+    if state.last is not None and not bar.console.is_terminal:
+        bar.console.print(f"{state.last.name}: {state.done} of {state.total} {left}", highlight=False)
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _show_plan(console: Console, planned: Any, workers: int) -> None:
+    from moa.studies import cells as grid
+    from moa.studies.conduct import seconds_for, trial_seconds
+
+    study = planned.study
+    table = Table("method", title=f"{study.title}: trained parameters and sizes", title_justify="left", box=None)
+    for column in ("budget", "trained", "off", "sizes"):
+        table.add_column(column, justify="left" if column == "sizes" else "right")
+    for (name, budget), fitted in planned.fits.items():
+        off = f"{fitted.trained / budget - 1:+.2%}"
+        table.add_row(name, f"{budget:,}", f"{fitted.trained:,}", off, _sizes(fitted.sizes))
+    console.print(table)
+    tries = grid.tries(study, planned.methods)
+    rates = planned.rates(planned.methods)
+    tests = grid.tests(study, planned.methods, rates or {key: study.tuning.learning_rates[0] for key in planned.fits})
+    done = planned.finished(tries) | (planned.finished(tests) if rates else {})
+    left = {"tries": [c for c in tries if c not in done], "tests": [c for c in tests if c not in done]}
+    for name, cells in (("to choose learning rates", tries), ("to compare", tests)):
+        finished = sum(cell in done for cell in cells)
+        console.print(f"{len(cells)} cells {name}, {finished} of them done", highlight=False)
+    if not left["tries"] and not left["tests"]:
+        return
+    with console.status(f"timing a few steps of {planned.methods[0]}"):
+        one_try, one_test = trial_seconds(planned, planned.methods[0])
+    total = len(left["tries"]) * one_try + len(left["tests"]) * one_test
+    console.print(
+        f"about {_span(one_try)} a try and {_span(one_test)} a comparison cell, from a few steps of "
+        f"{planned.methods[0]}; about {_span(total / workers)} in all with {workers} worker{'s' * (workers > 1)}",
+        highlight=False,
+    )
+    if known := seconds_for([*left["tries"], *left["tests"]], done, workers):
+        console.print(f"about {_span(known)} in all, from the cells that are done", highlight=False)
+
+
+def _sizes(sizes: dict[str, float]) -> str:
+    """Mean sizes of parts, those of one setting as a range: ``lora r 7 to 8, parallel size 16``."""
+    groups: dict[str, list[float]] = {}
+    for part, size in sizes.items():
+        groups.setdefault(part.partition(" on ")[0], []).append(size)
+    ranges = {name: (f"{min(values):.4g}", f"{max(values):.4g}") for name, values in groups.items()}
+    return ", ".join(f"{name} {low}" + (f" to {high}" if high != low else "") for name, (low, high) in ranges.items())
+
+
+def _show_results(console: Console, planned: Any) -> None:
+    from moa.studies.report import write_report
+    from moa.studies.results import COLUMNS, cells_of, gather, write_results
+
+    results = gather(planned)
+    write_results(results, planned.folder)
+    page = write_report(results, planned.folder / "index.html")
+    shown = [place for place, name in enumerate(COLUMNS) if name not in ("parameters", "MiB")]
+    table = Table(*(Column(COLUMNS[place], justify="right" if place else "left") for place in shown), box=None)
+    for row in results["rows"]:
+        texts = cells_of(row)
+        table.add_row(*(texts[place].partition(" (")[0] if place else texts[place] for place in shown))
+    console.print(table)
+    for claim in results["claims"]:
+        console.print(f"[bold]{escape(claim['text'])}[/]\n  {escape(claim['verdict'])}", highlight=False)
+    if results["missing_cells"]:
+        console.print(f"{results['missing_cells']} cells are still missing: give the command again to go on")
+    console.print(f"intervals and everything else: {page}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""What the verbs of ``moa spans`` share: recipe and flags, the model, a progress bar, the hint what comes next."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from moa.cli.spans.recipe import SpanRecipe
+
+Recipe = Annotated[str, typer.Argument(help="A span recipe file, or the name of one that ships with moa.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start this step over instead of going on with it.")]
+
+
+class SpansCommand(TyperCommand):
+    """Adds every key of a span recipe to the help page."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from moa.cli.spans.recipe import SpanRecipe, shipped
+        from moa.training.knobs import describe
+
+        column = Column("flag", no_wrap=True)
+        table = Table(column, "default", "meaning", title="Recipe keys", title_justify="left", box=None)
+        for name, default, doc in describe(SpanRecipe):
+            table.add_row(f"--{name}", default, doc)
+        Console().print(table)
+        Console().print(f"Recipes that ship with moa: {', '.join(shipped())}", highlight=False)
+
+
+def begin(name: str, arguments: list[str], *, remove: Callable[[SpanRecipe], list[Path]] | None = None) -> SpanRecipe:
+    """The recipe with its flags, saved in its output folder; files of ``remove`` are deleted first.
+
+    Raises:
+        ValueError: the recipe is wrong, or the output folder is a file.
+    """
+    from moa.cli.spans.recipe import SpanRecipe, overrides_of
+
+    recipe = SpanRecipe.load(name, overrides_of(arguments))
+    if recipe.folder.is_file():
+        raise ValueError(f"output={recipe.output!r} is a file, not a folder")
+    for path in remove(recipe) if remove else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    recipe.save()
+    return recipe
+
+
+def load_model(recipe: SpanRecipe) -> tuple[Any, Any]:
+    """The recipe's model in evaluation mode, and its tokenizer."""
+    import torch
+
+    from moa.training.base import load_base
+
+    device_map = "auto" if torch.accelerator.is_available() else None
+    model, tokenizer = load_base(recipe.base, recipe.dtype, device_map=device_map)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with time left; gives a function of finished and all."""
+    from moa.cli.tables import progress_bar
+
+    with progress_bar(Console(stderr=True)) as progress:
+        line = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(line, completed=done, total=total)
+
+
+def tell(message: str) -> None:
+    """One line for the user."""
+    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_step(verb: str, name: str, arguments: list[str]) -> None:
+    """The command to run now, with the flags that this one was given."""
+    import shlex
+
+    tell(f"next: {shlex.join(['moa', 'spans', verb, name, *arguments])}")
+    sys.stdout.flush()

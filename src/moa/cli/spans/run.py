@@ -1,0 +1,77 @@
+"""``moa spans run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moa.cli.spans.command import Recipe, begin, load_model, tell
+
+
+def run(
+    context: typer.Context,
+    recipe: Recipe,
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Default: all of standard input.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan file, ours or a published one. Default: what `validate` chose.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave out the model's chat template.")] = False,
+) -> None:
+    """Step 5: answer a prompt under the plan, and say what the KV cache takes against the dense one.
+
+    For example `moa spans run my-recipe.yaml < question.txt`, or with a plan of your own:
+    `moa spans run my-recipe.yaml --prompt "Once upon a time" --plain --plan moa_alpha_beta.json`.
+    """
+    import torch
+
+    from moa.spans.application import apply_spans
+    from moa.spans.plan import SpanPlan
+
+    settings = begin(recipe, context.args)
+    file = plan or settings.plan_file
+    if not file.exists():
+        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+    chosen = SpanPlan.load(file)
+    text = sys.stdin.read() if prompt is None else prompt
+    model, tokenizer = load_model(settings)
+    tokens = torch.tensor([_tokens(tokenizer, text, plain)], device=model.device)
+    if tokens.shape[1] == 0:
+        raise ValueError("the prompt is empty")
+    with apply_spans(model, chosen):
+        output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
+    _tell_sizes(model, output.past_key_values, output.sequences.shape[1] - 1)  # the last token is in no cache yet
+
+
+def _tokens(tokenizer: Any, text: str, plain: bool) -> list[int]:
+    if plain or not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any:
+    import torch
+    from transformers import TextStreamer
+
+    from moa.evaluation.generation import greedy
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    config = greedy(model, tokenizer, max_new_tokens)
+    config.return_dict_in_generate = True
+    mask = torch.ones_like(tokens)
+    return model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+
+
+def _tell_sizes(model: Any, cache: Any, length: int) -> None:
+    """Say what the cache holds, counted on its tensors, and what a dense one would after as many tokens."""
+    from moa.spans.cache import cache_bytes
+    from moa.spans.plan import SpanPlan
+    from moa.spans.shape import ModelShape
+
+    shape = ModelShape.of(model)
+    ours, dense = cache_bytes(cache), SpanPlan.dense(shape.layers, shape.kv_heads).kv_bytes(model, length)
+    tell(f"KV cache after {length} tokens: {ours:,} bytes under the plan, {dense:,} dense ({ours / dense:.1%})")

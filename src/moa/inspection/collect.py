@@ -1,0 +1,111 @@
+"""Gates of texts, token by token, as `moa.gate_values` records them. One text per forward, so nothing is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moa.adapters.block import Mixture
+from moa.adapters.experts import ExpertLayer
+from moa.adapters.gating import Gating
+from moa.adapters.placement import column_position
+from moa.adapters.telemetry import GateRecord, gate_values
+
+
+class Place(NamedTuple):
+    """Which router: a block's own (``site`` None), or the one over the copies of the expert at ``site``."""
+
+    block: int
+    site: str | None
+
+
+class RouterFacts(NamedTuple):
+    """What is known about a router before it runs: its rule and the names of what it decides about."""
+
+    gating: Gating
+    columns: list[str]
+
+
+class Decisions(NamedTuple):
+    """What a router decided: ``gates`` (tokens, columns) and ``threshold`` (tokens,) or None, in float32 on the CPU."""
+
+    gates: Tensor
+    threshold: Tensor | None
+
+
+def mixtures_of(model: nn.Module) -> list[Mixture]:
+    """The model's mixtures in the order of their blocks."""
+    return sorted((m for m in model.modules() if isinstance(m, Mixture)), key=lambda mixture: mixture.index)
+
+
+def experts_of(mixture: Mixture, adapter: str) -> list[ExpertLayer]:
+    """The experts of one adapter in a mixture's block, in the order of their gate columns."""
+    layers = [m for m in mixture.host.modules() if isinstance(m, ExpertLayer) and adapter in m.output]
+    return sorted(layers, key=lambda layer: column_position(layer.site))
+
+
+def copies_of(layer: ExpertLayer, adapter: str) -> Any:
+    """The router over an expert's copies; None if there is just one."""
+    copies = layer._modules.get("mixture_copies")
+    return copies if copies is not None and adapter in copies.moa_w2 else None  # type: ignore[operator]
+
+
+def routers_of(model: nn.Module, adapter: str) -> dict[Place, RouterFacts]:
+    """All routers of an adapter, block by block; empty for an adapter that has none."""
+    routers = {}
+    for mixture in mixtures_of(model):
+        if adapter in mixture.router:
+            routers[Place(mixture.index, None)] = RouterFacts(mixture.gating[adapter], mixture.columns[adapter])
+        for layer in experts_of(mixture, adapter):
+            copies = copies_of(layer, adapter)
+            if copies is not None:
+                names = [f"{layer.site}/{number}" for number in range(copies.moa_w2[adapter].out_features)]
+                routers[Place(mixture.index, layer.site)] = RouterFacts(copies.gating[adapter], names)
+    return routers
+
+
+def decisions_of(
+    model: Any, adapter: str, texts: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
+) -> dict[Place, Decisions]:
+    """Run the model over texts and keep what its routers decide.
+
+    Args:
+        model: in evaluation mode.
+        adapter: whose routers.
+        texts: token ids of each text.
+        progress: called after each text.
+
+    Returns:
+        Per router its decisions on the tokens of all texts, one text after the other.
+    """
+    seen: dict[Place, list[Decisions]] = {}
+    with torch.no_grad(), gate_values(model, adapter) as record:
+        for text in texts:
+            record.clear()
+            model(input_ids=torch.tensor([list(text)], device=model.device), use_cache=False)
+            for place, found in _recorded(record):
+                seen.setdefault(place, []).append(found)
+            progress()
+    return {place: joined(parts) for place, parts in seen.items()}
+
+
+def joined(parts: Sequence[Decisions]) -> Decisions:
+    """The decisions of one router on several texts as one."""
+    thresholds = [part.threshold for part in parts if part.threshold is not None]
+    return Decisions(torch.cat([part.gates for part in parts]), torch.cat(thresholds) if thresholds else None)
+
+
+def _recorded(record: GateRecord) -> Iterator[tuple[Place, Decisions]]:
+    for block, gates in record.gates.items():
+        threshold = record.thresholds[block]
+        yield Place(block, None), Decisions(_rows(gates), None if threshold is None else _rows(threshold)[:, 0])
+    for block, sites in record.routes.items():
+        for site, routes in sites.items():
+            yield Place(block, site), Decisions(_rows(routes), None)
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1]).float().cpu()

@@ -1,0 +1,80 @@
+"""Answers that the model writes itself, with the strongest expert of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa.evaluation.generation import context, greedy
+from moa.inspection.collect import Place, RouterFacts, decisions_of
+from moa.inspection.results import Example, Strongest
+
+
+def example(
+    model: Any,
+    tokenizer: Any,
+    adapter: str,
+    facts: Mapping[Place, RouterFacts],
+    *,
+    name: str,
+    prompt: str,
+    max_new_tokens: int,
+) -> Example | None:
+    """Let the model answer ``prompt`` greedily; None if the prompt leaves no room or the answer is empty.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        adapter: whose routers.
+        facts: from `moa.inspection.collect.routers_of`.
+        name: of the data set.
+        prompt: what the model reads.
+        max_new_tokens: longest answer.
+    """
+    read = tokenizer(prompt)["input_ids"]
+    room = min(max_new_tokens, context(model) - len(read))
+    if room < 1:
+        return None
+    tokens = torch.tensor([read], device=model.device)
+    settings = greedy(model, tokenizer, room)
+    written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    text = [int(token) for token in written[0]]
+    answer = [token for token in text[len(read) :] if token not in tokenizer.all_special_ids]
+    if not answer:
+        return None
+    found = decisions_of(model, adapter, [read + answer])
+    span = slice(len(read), len(read) + len(answer))
+    return Example(
+        set=name,
+        prompt=prompt,
+        tokens=[tokenizer.decode([token]) for token in answer],
+        strongest=strongest_of(facts, {place: decided.gates[span] for place, decided in found.items()}),
+    )
+
+
+def strongest_of(facts: Mapping[Place, RouterFacts], gates: Mapping[Place, Tensor]) -> list[Strongest]:
+    """The strongest column of (tokens, columns) gates: averaged over blocks for block routers, then router by router.
+
+    A block that lacks an expert counts as not using it.
+    """
+    ordered = sorted(gates, key=lambda place: (place.block, place.site is not None))
+    entries = [_strongest(place.block, place.site, facts[place].columns, gates[place]) for place in ordered]
+    own = [place for place in ordered if place.site is None]
+    if not own:
+        return entries
+    names = list(dict.fromkeys(name for place in own for name in facts[place].columns))
+    mean = torch.zeros(len(gates[own[0]]), len(names))
+    for place in own:
+        mean[:, [names.index(name) for name in facts[place].columns]] += gates[place] / len(own)
+    return [_strongest(None, None, names, mean), *entries]
+
+
+def _strongest(block: int | None, site: str | None, columns: list[str], gates: Tensor) -> Strongest:
+    values, places = gates.max(-1)
+    names = [
+        columns[place] if value > 0 else None for value, place in zip(values.tolist(), places.tolist(), strict=True)
+    ]
+    return Strongest(block, site, names, [float(value) for value in values])

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages from saved results: no network, no scripts from elsewhere."""

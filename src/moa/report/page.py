@@ -1,0 +1,43 @@
+"""The frame of every report: one file with its style inside, readable in light and dark, on paper and by keyboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+_environment = Environment(
+    loader=PackageLoader("moa.report", "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(template: str, **values: object) -> Markup:
+    """A template of ``moa/report/templates`` filled in; every value is escaped unless it is `Markup` already."""
+    return Markup(_environment.get_template(template).render(**values))
+
+
+def write_page(path: str | Path, title: str, body: Markup) -> Path:
+    """Write ``body`` as a page of its own.
+
+    Args:
+        path: the file; its folder is created.
+        title: the page's title and first heading.
+        body: HTML that was made by `render`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(render("page.html", title=title, body=body), encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def shade(value: float, low: float = 0.0, high: float = 1.0) -> str:
+    """Inline style of a heat-map cell: ``value`` between ``low`` and ``high`` as a tint for light and dark."""
+    share = 0.0 if high <= low else min(max((value - low) / (high - low), 0.0), 1.0)
+    return f"--tint:{share:.3f}"

@@ -1,0 +1,198 @@
+"""`apply_spans`: put a plan on a model, and take it off again.
+
+Nothing of the model's code is replaced. Its text configuration names the plan's attention function instead of the
+host's (so that mixtures of adapters, which come in between, follow), a hook gives every new cache its layers, and
+``generate`` says how long the text gets. Removing undoes these three.
+"""
+
+from __future__ import annotations
+
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from moa.spans import attention
+from moa.spans.cache import SpanLayer, fit
+from moa.spans.kernels import HOSTS, host_function
+from moa.spans.layout import Sight
+from moa.spans.plan import SpanPlan
+from moa.spans.schedule import Spans
+
+PREPARE = "_prepare_cache_for_generation"
+
+
+def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0) -> AppliedSpans:
+    """Let a model attend by a plan, until `AppliedSpans.remove` or the end of a ``with`` block.
+
+    Inside, ``model(...)`` and ``model.generate(...)`` follow the plan: prefill and training by its masks, decoding from
+    caches that hold the plan's bytes. Such caches are made under ``torch.no_grad()`` only (``generate`` is); with
+    gradients on, an ordinary cache and the same masks are used. Layers with a sliding window of their own keep it.
+    Works on any decoder that uses transformers' attention interface with ``sdpa`` or ``eager``, under PEFT and with
+    Mixture of Adapters.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        plan: for its layers and heads.
+        length: tokens the texts will reach, if known; else ``generate`` says it (to its cache, so not with
+            ``use_cache=False``), or the text itself does. `moa.spans.schedule` has the rule.
+
+    Raises:
+        ValueError: the plan does not fit the model, a plan is applied already, or the model cannot work under one.
+
+    Examples:
+        >>> with moa.apply_spans(model, plan):  # doctest: +SKIP
+        ...     model.generate(**inputs, max_new_tokens=100)
+    """
+    return AppliedSpans(model, plan, length)
+
+
+class AppliedSpans:
+    """A plan on a model; see `apply_spans`.
+
+    Attributes:
+        active: whether it is still applied.
+        spans: the plan's spans on the model's KV heads.
+        length: the length it was told, 0 if none.
+    """
+
+    def __init__(self, model: nn.Module, plan: SpanPlan, length: int = 0) -> None:
+        if length < 0:
+            raise ValueError(f"length={length} must be the tokens a text reaches, or 0 if that is unknown")
+        self.model = _host_model(model)
+        self.decoder = self.model.get_decoder() or self.model
+        self.length = length
+        self.updated: SpanLayer | None = None
+        self.active = False
+        self.spans = Spans(plan, self.decoder.config)
+        self.sight = Sight.of(plan)
+        modules = attention_modules(self.decoder, self.spans.shape.layers)
+        self._check(modules)
+        host = self.decoder.config._attn_implementation
+        name = attention.register(host)
+        for layer, module in enumerate(modules):
+            if self.spans.shape.windows[layer] is None:
+                attention.SITES[module] = attention.Site(self, layer)
+        self._modules, self._names = modules, (host, name)
+        self._set_implementation(host, name)
+        self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if hasattr(self.model, PREPARE):
+            setattr(self.model, PREPARE, MethodType(self._prepare(getattr(type(self.model), PREPARE)), self.model))
+        self.active = True
+
+    def _check(self, modules: list[nn.Module]) -> None:
+        config = self.decoder.config
+        if any(module in attention.SITES for module in modules):
+            raise ValueError("a span plan is already applied to this model; remove it first")
+        if config._attn_implementation not in HOSTS:
+            raise ValueError(
+                f"attention implementation {config._attn_implementation!r}: a span plan runs on {list(HOSTS)}; "
+                "call model.set_attn_implementation('sdpa') first"
+            )
+        if None not in self.spans.shape.windows:
+            raise ValueError(
+                f"{config.model_type}: every layer has a sliding window of its own, nothing is left to a plan"
+            )
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise ValueError(
+                f"{config.model_type}: layers that share another layer's keys cannot have spans of their own"
+            )
+        for layer, module in enumerate(modules):
+            if hasattr(module, "sinks"):
+                raise ValueError(
+                    f"{config.model_type}: layer {layer} has learned attention sinks, which spans do not know"
+                )
+            host_function(module, config._attn_implementation)
+
+    def _set_implementation(self, old: str, new: str) -> None:
+        for config in (self.decoder.config, *(module.config for module in self._modules)):
+            if config._attn_implementation_internal == old:
+                config._attn_implementation_internal = new
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.updated = None
+        cache = kwargs.get("past_key_values")
+        if torch.is_grad_enabled() or module is not self.decoder:  # a copied model has the hook, but not the plan
+            return args, kwargs
+        if cache is None:
+            wanted = kwargs.get("use_cache")
+            if getattr(module.config, "use_cache", False) if wanted is None else wanted:
+                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        if cache is not None:
+            fit(cache, self)
+        return args, kwargs
+
+    def _prepare(self, original: Any) -> Any:
+        def prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(model, generation_config, model_kwargs, *args, **kwargs)
+            if model is self.model and (cache := model_kwargs.get("past_key_values")) is not None:
+                fit(cache, self, generation_config.max_length)
+            return result
+
+        return prepare
+
+    def remove(self) -> None:
+        """Leave the model as it was before; a second call does nothing."""
+        if not self.active:
+            return
+        self.active = False
+        self._hook.remove()
+        self.model.__dict__.pop(PREPARE, None)
+        host, name = self._names
+        self._set_implementation(name, host)
+        for module in self._modules:
+            attention.SITES.pop(module, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedSpans:
+        return self  # what a copied cache refers to is this application, to this model
+
+    def __enter__(self) -> AppliedSpans:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def attention_modules(decoder: nn.Module, layers: int) -> list[nn.Module]:
+    """The self-attention of every layer, in order.
+
+    Raises:
+        ValueError: a layer without one that calls transformers' attention interface, or with several.
+    """
+    found: dict[int, nn.Module] = {}
+    for name, module in decoder.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or not uses_interface(module):
+            continue
+        if layer in found:
+            raise ValueError(f"layer {layer} has two attention modules ({name} is the second); spans need exactly one")
+        found[layer] = module
+    if missing := [layer for layer in range(layers) if layer not in found]:
+        raise ValueError(
+            f"{type(decoder).__name__}: layer {missing[0]} has no attention that uses transformers' attention "
+            "interface, which spans need"
+        )
+    return [found[layer] for layer in range(layers)]
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether a module's own forward calls transformers' attention interface."""
+    for cls in type(module).__mro__:
+        forward = cls.__dict__.get("forward")
+        code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            return True
+    return False
+
+
+def _host_model(model: nn.Module) -> PreTrainedModel:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"apply_spans needs a transformers model or a PEFT model around one, not {type(inner).__name__}"
+        )
+    return inner

@@ -1,0 +1,204 @@
+"""The attention function of a plan, one per host implementation: ``spans|sdpa`` runs ``sdpa`` where nothing is cut.
+
+It is registered with transformers' attention interface and looks up whether a plan is applied to the module that calls
+it, so other models never notice. Where all heads see everything, the host's function runs with the host's own mask: the
+result is the dense one, bit for bit. Elsewhere each group of heads with the same span is computed on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from moa.spans import columns, masks
+from moa.spans.cache import Owner, SpanLayer
+from moa.spans.columns import Kernel
+from moa.spans.heads import groups, heads_of
+from moa.spans.kernels import host_function, kernel
+from moa.spans.layout import Sight, positions
+
+PREFIX = "spans|"
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention module under a plan: the layer it is, and who applied the plan."""
+
+    owner: Owner
+    layer: int
+
+
+SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+
+
+def register(host: str) -> str:
+    """Register the plan's attention and masks on top of ``host``; return the implementation's name."""
+    name = PREFIX + host
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, _on_top_of(host))
+        masks.register(name, host)
+    return name
+
+
+def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **rest: Any,
+    ) -> tuple[Tensor, Any]:
+        site = SITES.get(module)
+        layer = None
+        if site is not None:
+            layer, site.owner.updated = site.owner.updated, None
+        if site is not None and not _dense(site, layer, query, key, attention_mask):
+            run = kernel(module, host, query.dtype, scaling, dropout, rest)
+            return _planned(site, layer, run, query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+        mask = masks.host_mask(attention_mask)
+        result = host_function(module, host)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **rest)
+        if layer is not None:
+            layer.take_in(key, value, query.shape[2], _latest(attention_mask, query.shape[2]))
+        return result
+
+    return forward
+
+
+def _dense(site: Site, layer: SpanLayer | None, query: Tensor, key: Tensor, mask: Any) -> bool:
+    """Whether all heads see everything, and the host can do it."""
+    if layer is None:
+        return min(_uncached_spans(site, key)) >= key.shape[2]
+    if layer.rings and isinstance(mask, Tensor):
+        raise ValueError(
+            f"layer {site.layer}: a cache under a span plan needs a causal mask with or without padding, "
+            f"given as (batch, tokens); got a mask of shape {tuple(mask.shape)}"
+        )
+    return not layer.rings or (layer.columns == 0 and min(ring.span for ring in layer.rings) >= query.shape[2])
+
+
+def _planned(
+    site: Site, layer: SpanLayer | None, run: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any
+) -> Tensor:
+    if layer is None:
+        if isinstance(mask, Tensor):
+            return _under_any_mask(site, run, query, key, value, mask)
+        return _uncached(site, run, query, key, value, mask)
+    if query.shape[2] == 1 and layer.columns:
+        return _decode(layer, run, query, key, value, _latest(mask, 1))
+    return _append(site.owner.sight, layer, run, query, key, value, _latest(mask, query.shape[2]))
+
+
+def _latest(mask: Any, new: int) -> Tensor | None:
+    return mask.latest(new) if isinstance(mask, masks.TextMask) else None
+
+
+def _uncached_spans(site: Site, key: Tensor) -> tuple[int, ...]:
+    text = key.shape[2]
+    spans = site.owner.spans
+    return spans.at(spans.reach(site.owner.length, text, text))[site.layer]
+
+
+def _uncached(site: Site, run: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    """Training, or a forward that keeps its keys in an ordinary cache."""
+    tokens = mask.tokens if mask is not None else None
+    as_query, as_key = positions(0, key.shape[2], tokens, key.device)
+    new = query.shape[2]
+    at = as_key if new == key.shape[2] and as_query is as_key else as_query[:, -new:]
+
+    def one(query: Tensor, heads: tuple[int, ...], span: int) -> Tensor:
+        return columns.attend(
+            run, query, heads_of(key, heads), heads_of(value, heads), at, as_key, span, site.owner.sight
+        )
+
+    return _by_group(query, key.shape[1], groups(_uncached_spans(site, key)), one)
+
+
+def _under_any_mask(site: Site, run: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Packed sequences and the like, ``mask`` ``(batch or 1, 1, q, k)``: positions count from a row's first key."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"layer {site.layer}: under a span plan a custom mask needs all keys at once, without a cache")
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    start = allowed[:, 0].int().argmax(-1)
+    at = torch.arange(key.shape[2], device=key.device) - start
+
+    def one(query: Tensor, heads: tuple[int, ...], span: int) -> Tensor:
+        seen = allowed & site.owner.sight.visible(at, at, span)[:, None]
+        seen = seen | ~seen.any(-1, keepdim=True)  # padding sees anything, so that no row is empty
+        shared = query.shape[1] // len(heads)
+        return run(query, heads_of(key, heads), heads_of(value, heads), run.prepare(seen, shared))
+
+    spans = site.owner.spans
+    text = int(at.max()) + 1
+    chosen = spans.at(spans.reach(site.owner.length, text, text))[site.layer]
+    return _by_group(query, key.shape[1], groups(chosen), one)
+
+
+def _decode(layer: SpanLayer, run: Kernel, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor | None) -> Tensor:
+    """One token of every row: write it over the one that leaves the window, then attend to the ring."""
+    layer.take_in(key, value, 1, tokens)
+
+    def one(query: Tensor, heads: tuple[int, ...], span: int) -> Tensor:
+        ring = next(ring for ring in layer.rings if ring.heads == heads)
+        filled = ring.filled(layer.count)
+        if isinstance(filled, int):
+            return run(query, ring.keys[:, :, :filled], ring.values[:, :, :filled], None)
+        slots = int(filled.max())
+        used = torch.arange(slots, device=key.device) < filled.clamp(min=1)[:, None]
+        mask = None if bool(used.all()) else run.prepare(used[:, None, None], query.shape[1] // len(heads))
+        return run(query, ring.keys[:, :, :slots], ring.values[:, :, :slots], mask)
+
+    return _by_group(query, key.shape[1], {ring.heads: ring.span for ring in layer.rings}, one)
+
+
+def _append(
+    sight: Sight, layer: SpanLayer, run: Kernel, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor | None
+) -> Tensor:
+    """A prefill, onto what the cache holds if it holds something."""
+    count = layer.count
+    at, new = positions(count, query.shape[2], tokens, key.device)
+
+    def one(query: Tensor, heads: tuple[int, ...], span: int) -> Tensor:
+        keys, values, place = heads_of(key, heads), heads_of(value, heads), new
+        if layer.columns:
+            ring = next(ring for ring in layer.rings if ring.heads == heads)
+            old_keys, old_values, old = ring.history(count)
+            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+            rows = max(old.shape[0], new.shape[0])
+            place = torch.cat([old.expand(rows, -1), new.expand(rows, -1)], 1)
+        return columns.attend(run, query, keys, values, at, place, span, sight)
+
+    output = _by_group(query, key.shape[1], {ring.heads: ring.span for ring in layer.rings}, one)
+    layer.take_in(key, value, query.shape[2], tokens)
+    return output
+
+
+def _by_group(
+    query: Tensor,
+    kv_heads: int,
+    parted: dict[tuple[int, ...], int],
+    one: Callable[[Tensor, tuple[int, ...], int], Tensor],
+) -> Tensor:
+    """Every group of KV heads with its query heads, put together in the model's order."""
+    if len(parted) == 1:
+        heads, span = next(iter(parted.items()))
+        return one(query, heads, span)
+    shared = query.shape[1] // kv_heads
+    order: list[int] = []
+    parts: list[Tensor] = []
+    for heads, span in parted.items():
+        mine = tuple(h * shared + i for h in heads for i in range(shared))
+        parts.append(one(heads_of(query, mine), heads, span))
+        order.extend(mine)
+    output = torch.cat(parts, 1)
+    if order == sorted(order):
+        return output
+    return output.index_select(1, torch.tensor(order, device=query.device).argsort())

@@ -1,0 +1,192 @@
+"""Attention influence of a model: what its answers lose, to first order, when an attention entry is taken away.
+
+Contract: the result is a mean over items; items shorter than ``length`` fill the upper left corner. A run that was
+killed goes on after its last finished item and ends with the same numbers, bit for bit.
+
+Limits: decoders whose every layer attends through transformers' attention interface; items one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moa.spans.items import Item, identity, response_loss
+from moa.spans.probe import BlockSums, probing
+
+KINDS = ("absolute", "signed")
+
+
+@dataclass
+class Influence:
+    """Influence summed over blocks, of one length.
+
+    Attributes:
+        signed: (layers, KV heads, blocks, blocks) float32, summed over items; row = query block, column = key block.
+            Summed over the query heads of a KV head it is the exact first-order loss of a mask they share.
+        absolute: the same with the absolute value taken per entry, query head and item before summing.
+        length: tokens.
+        block: tokens per block.
+        items: how many items were summed.
+        loss: their mean response loss in nats.
+    """
+
+    signed: Tensor
+    absolute: Tensor
+    length: int
+    block: int
+    items: int = 0
+    loss: float = 0.0
+
+    def mean(self, kind: str = "absolute") -> Tensor:
+        """Mean over items, (layers, KV heads, blocks, blocks) float32.
+
+        Raises:
+            ValueError: ``kind`` is neither "absolute" nor "signed".
+        """
+        if kind not in KINDS:
+            raise ValueError(f"influence={kind!r} is not one of {list(KINDS)}")
+        return (self.signed if kind == "signed" else self.absolute) / max(self.items, 1)
+
+    def save(self, path: Path, key: str = "") -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".part")
+        numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss")}
+        metadata = {"influence": json.dumps(numbers | {"key": key})}
+        save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Influence:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, damaged, or with numbers that are not finite.
+        """
+        return _read(path)[0]
+
+
+def influence(
+    model: Any,
+    items: Sequence[Item],
+    length: int,
+    block: int = 64,
+    *,
+    save_to: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Influence:
+    """Measure a model's attention influence on its own answers.
+
+    Args:
+        model: a causal language model whose layers attend through transformers' attention interface.
+        items: texts of at most ``length + 1`` tokens (the last is only predicted).
+        length: tokens; the result has ``ceil(length / block)`` blocks a side.
+        block: tokens per block.
+        save_to: a safetensors file, written after every item; if it exists, the run goes on from it.
+        progress: called with the number of finished items, at the start and after every item.
+
+    Raises:
+        ValueError: no items, an item that is too long, a loss that is not finite, layers without interface attention,
+            or a file of another run. Names item, layer or setting.
+    """
+    _check(items, length, block)
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key = _key(model, items, length, block)
+    empty = BlockSums(layers, kv_heads, length, block)
+    total = Influence(empty.signed, empty.absolute, length, block)
+    if save_to is not None and save_to.exists():
+        total = _continued(save_to, key)
+    for place in range(total.items, len(items)):
+        if progress:
+            progress(place)
+        sums = BlockSums(layers, kv_heads, length, block)
+        loss = _measure(model, items[place], sums, place)
+        total.signed += sums.signed
+        total.absolute += sums.absolute
+        total.loss = (total.loss * place + loss) / (place + 1)
+        total.items = place + 1
+        if save_to is not None:
+            total.save(save_to, key)
+    if progress:
+        progress(len(items))
+    return total
+
+
+def _measure(model: Any, item: Item, sums: BlockSums, place: int) -> float:
+    with probing(model, sums), torch.enable_grad():
+        loss = response_loss(model, item)
+        if not torch.isfinite(loss):
+            raise ValueError(f"item {place} has a loss of {loss.item()}: the model's numbers are not finite on it")
+        loss.backward()
+    if missing := sorted(set(range(sums.signed.shape[0])) - sums.seen):
+        raise ValueError(f"layers {missing} do not attend through transformers' attention interface")
+    if not torch.isfinite(sums.absolute).all():
+        raise ValueError(f"item {place} has an influence that is not finite; try float32")
+    return float(loss.detach())
+
+
+def _check(items: Sequence[Item], length: int, block: int) -> None:
+    if block < 1 or length < block:
+        raise ValueError(f"length={length} and block={block}: a length holds at least one block of at least one token")
+    if not items:
+        raise ValueError(f"no items to measure influence on at length {length}")
+    for place, item in enumerate(items):
+        if len(item.tokens) > length + 1:
+            raise ValueError(
+                f"item {place} has {len(item.tokens)} tokens, more than length {length} and one to predict"
+            )
+
+
+def _key(model: Any, items: Sequence[Item], length: int, block: int) -> str:
+    """What a saved run must have in common with this one."""
+    content = json.dumps([identity(model), length, block, [item.to_dict() for item in items]])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _continued(path: Path, key: str) -> Influence:
+    found, its_key = _read(path)
+    if its_key != key:
+        raise ValueError(
+            f"{path} was measured with another model, data set, length, block or dtype; give --overwrite to start over"
+        )
+    return found
+
+
+def _read(path: Path) -> tuple[Influence, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no influence file {str(path)!r}; `moa spans profile` writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads((file.metadata() or {})["influence"])
+            found = Influence(
+                file.get_tensor("signed"),
+                file.get_tensor("absolute"),
+                int(numbers["length"]),
+                int(numbers["block"]),
+                int(numbers["items"]),
+                float(numbers["loss"]),
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or holds no influence ({error}); measure it again with --overwrite"
+        ) from None
+    blocks = -(-found.length // found.block)
+    for tensor in (found.signed, found.absolute):
+        if tensor.dim() != 4 or tensor.shape[2:] != (blocks, blocks) or not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path} is damaged: influence of shape {tuple(tensor.shape)} at {blocks} blocks, or not finite"
+            )
+    return found, str(numbers["key"])

@@ -1,0 +1,64 @@
+"""How a trained mixture uses its experts: gates averaged over prompts, per block, and the experts that are dead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa.adapters.block import Mixture
+from moa.adapters.telemetry import gate_values
+
+DEAD = 0.01
+"""An expert counts as dead in a block if it is active on fewer tokens than this share, or its mean gate is lower."""
+
+
+def routing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Look at every block's router while the model reads ``prompts``, one after the other.
+
+    Returns:
+        One dict per block: ``block``; ``gate`` and ``active``, by expert the mean gate and the share of tokens with a
+        gate other than 0; ``dead``, the names of its dead experts. Copies of an expert are ``q/0``, ``q/1`` and so on.
+        Empty for a model without routers.
+    """
+    if not any(isinstance(module, Mixture) for module in model.modules()):
+        return []
+    seen: dict[int, dict[str, list[Tensor]]] = {}
+    was_training = model.training
+    model.eval()
+    with gate_values(model) as record, torch.no_grad():
+        for prompt in prompts:
+            record.clear()
+            model(**tokenizer(prompt, return_tensors="pt").to(model.device))
+            for block, name, gates in _columns(record):
+                seen.setdefault(block, {}).setdefault(name, []).append(gates.float().cpu())
+    model.train(was_training)
+    return [_summary(block, seen[block]) for block in sorted(seen)]
+
+
+def _columns(record: Any) -> Any:
+    """Block, name and (tokens,) gates of every expert and every copy."""
+    for block, gates in record.gates.items():
+        for name, column in zip(record.columns[block], gates[0].unbind(-1), strict=True):
+            yield block, name, column
+    for block, sites in record.routes.items():
+        for site, routes in sites.items():
+            for copy, column in enumerate(routes[0].unbind(-1)):
+                yield block, f"{site}/{copy}", column
+
+
+def _summary(block: int, gates: dict[str, list[Tensor]]) -> dict[str, Any]:
+    joined = {name: torch.cat(columns) for name, columns in gates.items()}
+    gate = {name: round(float(values.mean()), 5) for name, values in joined.items()}
+    active = {name: round(float((values != 0).float().mean()), 5) for name, values in joined.items()}
+    dead = [name for name in joined if gate[name] < DEAD or active[name] < DEAD]
+    return {"block": block, "gate": gate, "active": active, "dead": dead}
+
+
+def snapshot_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put a checkpoint's adapter into a model that has the same adapter."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, tensors)  # type: ignore[no-untyped-call]

@@ -1,0 +1,159 @@
+"""`Study`: everything a comparison depends on, read from one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moa.adapters.choices import check_names, nearest
+from moa.data.templates import TEMPLATES
+from moa.studies.claims import Claim
+from moa.studies.methods import Method
+from moa.studies.reading import build, override, read
+from moa.training.knobs import Range, check, knob
+from moa.training.recipe import Recipe
+
+METRICS = ("accuracy", "answer_loss")
+DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
+"""Keys of a recipe that a study sets by itself, the same for every method."""
+
+
+@dataclass
+class StudyData:
+    """What is learned and what is asked. Rows are drawn once, the same for every cell."""
+
+    train: list[str] = field(
+        default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to learn from, as in a recipe"}
+    )
+    train_rows: int | None = knob(None, "at most this many rows of each source", within=Range(1))
+    validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", within=Range(1))
+    test: list[str] = field(
+        default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to evaluate on, as in `moa eval`"}
+    )
+    test_rows: int | None = knob(100, "at most this many rows of each test set", within=Range(2))
+    template: str = knob("short", "prompt template", choices=tuple(TEMPLATES))
+    max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
+    max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
+    seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))
+
+
+@dataclass
+class Tuning:
+    """Every method gets its learning rate by equally many tries; the lowest answer loss on validation rows wins."""
+
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"doc": "rates to try; one alone is taken without a try"}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [1000], metadata={"doc": "seeds of the tries, none of those that are compared"}
+    )
+    budget: int | None = knob(None, "try at this budget alone and use the result at all; each budget if empty")
+
+
+@dataclass
+class Study:
+    """A comparison. Keys of ``methods`` are names; see `moa.studies.methods.Method` for what an entry holds."""
+
+    methods: dict[str, Method] = field(default_factory=dict, metadata={"doc": "name: preset, changes, grow, budgets"})
+    budgets: list[int] = field(
+        default_factory=list, metadata={"doc": "numbers of trained parameters at which the methods are compared"}
+    )
+    claims: list[Claim] = field(
+        default_factory=list, metadata={"doc": "what the study is to decide: better, than, and the claim in words"}
+    )
+    title: str = knob("A comparison of fine-tuning methods", "of the page")
+    note: str = knob("", "a paragraph for the page: what is compared and why")
+    output: str = knob("study", "folder for cells, table, JSON and page")
+    base: str = knob("embedded", "base model: a folder, owner/name on the hub, or embedded")
+    data: StudyData = field(default_factory=StudyData)
+    steps: int = knob(300, "optimizer steps of every cell", within=Range(2))
+    batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4],
+        metadata={"doc": "of initial weights and data order; paired between methods"},
+    )
+    tolerance: float = knob(0.01, "how far trained parameters may be off the budget", within=Range(0, 0.5))
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "answer_loss"],
+        metadata={"doc": "what is measured; the first decides the claims"},
+    )
+    snapshots: int = knob(3, "points of training at which the routers are looked at", within=Range(1))
+    tuning: Tuning = field(default_factory=Tuning)
+    training: dict[str, Any] = field(default_factory=dict, metadata={"doc": "other keys of a recipe, for all methods"})
+
+    def __post_init__(self) -> None:
+        for name, section in (("", self), ("data.", self.data), ("tuning.", self.tuning)):
+            check(section, name)
+        check_names("metrics", self.metrics, METRICS)
+        _check_numbers(self)
+        if not self.methods:
+            raise ValueError("methods is empty: name at least one, e.g. soft-moa")
+        for name, method in self.methods.items():
+            method.check(name, self.budgets)
+        for claim in self.claims:
+            claim.check(list(self.methods), self.budgets)
+            self._check_reach(claim)
+        known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
+        for key in self.training:
+            if key not in known:
+                why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
+                raise ValueError(f"training has no key {key!r}{why}; its keys are {known}")
+        Recipe(**self.training)
+
+    def _check_reach(self, claim: Claim) -> None:
+        for name in (claim.better, *claim.than):
+            if absent := set(claim.budgets or self.budgets) - set(self.budgets_of(name)):
+                raise ValueError(
+                    f"the claim {claim.text!r} needs {name!r} at {sorted(absent)}, where it takes no part: "
+                    f"give the claim or the method other budgets"
+                )
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Study:
+        """A study from a YAML file, with flags laid over it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range.
+        """
+        path = Path(path).expanduser()
+        try:
+            tree = read(path)
+            for key, text in (overrides or {}).items():
+                override(tree, key, text)
+            return cls.from_tree(tree)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> Study:
+        """A study from plain data, as `to_dict` gives it."""
+        return build(cls, tree)  # type: ignore[no-any-return]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_tree` can build the study from again."""
+        return dataclasses.asdict(self)
+
+    def budgets_of(self, method: str) -> list[int]:
+        """The budgets at which a method takes part."""
+        return self.methods[method].budgets or self.budgets
+
+
+def _check_numbers(study: Study) -> None:
+    """Lists of numbers: each at least one, none twice, all in range."""
+    lists: dict[str, tuple[list[Any], float]] = {
+        "budgets": (study.budgets, 1),
+        "seeds": (study.seeds, 0),
+        "tuning.seeds": (study.tuning.seeds, 0),
+        "tuning.learning_rates": (study.tuning.learning_rates, 1e-12),
+    }
+    for name, (values, low) in lists.items():
+        if not values or len(set(values)) < len(values) or min(values) < low:
+            raise ValueError(f"{name}={values!r} must list one or more different numbers of at least {low}")
+    if shared := set(study.seeds) & set(study.tuning.seeds):
+        raise ValueError(f"tuning.seeds share {sorted(shared)} with seeds: what chose a rate must not be compared")
+    if study.tuning.budget is not None and study.tuning.budget not in study.budgets:
+        raise ValueError(f"tuning.budget={study.tuning.budget} is not one of the budgets {study.budgets}")

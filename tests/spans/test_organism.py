@@ -1,0 +1,175 @@
+"""The long-context organism: its tasks, its weights, and the plans that a searched plan is compared with."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moa.assets import base_path
+from moa.evaluation.retrieval import answers_right, long_prompts, perplexity, retrieval
+from moa.spans import SpanPlan, apply_spans
+from moa.spans.baselines import far_influence, layer_only, two_class, uniform_window
+from moa.tasks.long_context import COPIED, CUE, LONG_TASKS, LongPrompt, generate
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(base_path("embedded-long"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(base_path("embedded-long"), dtype=torch.float32).eval()
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def solve(prompt: str) -> str:
+    """An answer read off the prompt's text, without the generator's help."""
+    if (copy := prompt.split(" Copy:")) and len(copy) == 2:
+        read, cue = copy[0].removeprefix("Text:").split(), copy[1].split()
+        places = [i for i in range(len(read)) if read[i : i + CUE] == cue]
+        assert len(places) == 1
+        return " ".join(read[places[0] + CUE :][:COPIED])
+    text, key = prompt.split(" Question: ")
+    (answer,) = re.findall(rf"\b{key} (\d{{4}})\.", text)
+    return answer
+
+
+@pytest.mark.parametrize("task", LONG_TASKS)
+@pytest.mark.parametrize("length", [64, 300, 1000])
+def test_the_answer_follows_from_the_prompt(task: str, length: int) -> None:
+    for prompt in generate(task, length, 10, words):
+        assert solve(prompt.prompt) == prompt.answer.strip()
+        assert prompt.answer.startswith(" ")
+
+
+@pytest.mark.parametrize("task", LONG_TASKS)
+def test_prompts_are_as_long_as_asked_and_their_depths_spread(task: str) -> None:
+    prompts = generate(task, 500, 60, words)
+    assert all(480 <= words(p.prompt + p.answer) <= 500 for p in prompts)
+    depths = sorted(p.depth for p in prompts)
+    assert depths[0] < 0.15
+    assert depths[-1] > 0.85
+    assert 0.3 < sum(depths) / len(depths) < 0.7
+
+
+@pytest.mark.parametrize("task", LONG_TASKS)
+def test_prompts_depend_on_the_seed_alone(task: str) -> None:
+    assert generate(task, 200, 3, words, seed=1) == generate(task, 200, 3, words, seed=1)
+    assert generate(task, 200, 3, words, seed=1) != generate(task, 200, 3, words, seed=2)
+
+
+def test_two_words_say_where_to_copy_from() -> None:
+    (prompt,) = generate("copying", 3000, 1, words)
+    read = prompt.prompt.split(" Copy:")[0].removeprefix("Text:").split()
+    assert len(read) > 2900
+    assert len(set(pairwise(read))) == len(read) - 1
+
+
+def test_what_cannot_be_generated_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown task 'line'; valid tasks: lines, needle, copying"):
+        generate("line", 200, 1, words)
+    with pytest.raises(ValueError, match=r"at least 64 .* got 63 and 1"):
+        generate("lines", 63, 1, words)
+
+
+def test_tokens_are_counted_as_the_model_sees_them(tokenizer: Any) -> None:
+    for task in LONG_TASKS:
+        for p in long_prompts(tokenizer, task, 512, 5):
+            assert 490 <= len(tokenizer(p.prompt + p.answer)["input_ids"]) <= 512
+
+
+def test_the_tokenizer_loses_nothing(tokenizer: Any) -> None:
+    text = "Record: red cat 4716.\n\nThe Küche, 123 456 7; \t«sic»"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(("task", "least"), [("lines", 0.9), ("needle", 0.9), ("copying", 0.9)])
+def test_the_organism_retrieves(model: Any, tokenizer: Any, task: str, least: float) -> None:
+    assert retrieval(model, tokenizer, task, 256, 30, batch_size=10) >= least
+
+
+def test_a_wrong_answer_counts_as_wrong(model: Any, tokenizer: Any) -> None:
+    (prompt,) = long_prompts(tokenizer, "lines", 128, 1)
+    digits = prompt.answer.strip()
+    right, *wrong = (LongPrompt(prompt.prompt, a, 0.5) for a in (prompt.answer, " 0000", f" {digits[:3]}"))
+    assert digits != "0000"
+    assert answers_right(model, tokenizer, [right, *wrong]) == [True, False, False]
+
+
+def test_retrieval_needs_more_than_a_window(model: Any, tokenizer: Any) -> None:
+    """Facts before the smallest window are out of reach, those within it are not."""
+    window = SpanPlan.uniform(model.config.num_hidden_layers, model.config.num_key_value_heads, beta=0.0)
+    prompts = [p for p in long_prompts(tokenizer, "lines", 512, 120) if 0.2 < p.depth < 0.7][:20]
+    with apply_spans(model, window):
+        far = answers_right(model, tokenizer, prompts)
+    assert sum(far) <= 2
+    assert sum(answers_right(model, tokenizer, prompts)) >= 18
+
+
+def test_perplexity_is_that_of_the_second_halves(model: Any, tokenizer: Any) -> None:
+    text = (base_path("embedded-long") / "held_out.txt").read_text()[:3000]
+    ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
+    with torch.no_grad():
+        chances = [model(input_ids=row[None]).logits[0].log_softmax(-1) for row in ids.view(2, 128)]
+    picked = [c[i - 1, row[i]] for c, row in zip(chances, ids.view(2, 128), strict=True) for i in range(64, 128)]
+    expected = math.exp(-torch.stack(picked).mean())
+    assert perplexity(model, tokenizer, text, 128, windows=2) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="windows of 8192; 1 asked"):
+        perplexity(model, tokenizer, text, 8192)
+
+
+@pytest.mark.parametrize("length", [1024, 2048, 4096])
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.8])
+def test_baselines_have_the_promised_bytes(model: Any, density: float, length: int) -> None:
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    dense = SpanPlan.dense(*shape).kv_bytes(model, length)
+    assert dense == 2 * shape[0] * shape[1] * length * model.config.head_dim * 4
+    for plan in (
+        uniform_window(model, density, length),
+        two_class(model, density, length, scores),
+        layer_only(model, density, length, scores),
+    ):
+        spare = density - plan.kv_bytes(model, length) / dense
+        assert 0 <= spare < 64 / length
+
+
+def test_two_classes_keep_the_best_heads_whole(model: Any) -> None:
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    scores = torch.arange(shape[0] * shape[1]).view(shape).float()
+    spans = torch.tensor(two_class(model, 0.5, 2048, scores).spans(2048)).flatten()
+    full = spans == 2048
+    assert full.any()
+    assert full[: -int(full.sum())].sum() == 0
+    assert len(set(spans[~full].tolist())) == 1
+
+
+def test_layers_share_a_span_and_follow_their_scores(model: Any) -> None:
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    scores = torch.ones(shape)
+    scores[-1] *= 3
+    spans = layer_only(model, 0.3, 2048, scores).spans(2048)
+    assert all(len(set(row)) == 1 for row in spans)
+    assert spans[-1][0] == pytest.approx(3 * spans[0][0], abs=3 * 64)
+
+
+def test_far_influence_leaves_out_sink_and_window() -> None:
+    influence = torch.arange(16.0).view(1, 1, 4, 4).tril()
+    assert far_influence(influence).item() == 9 + 13 + 14
+    assert far_influence(influence, window=2).item() == 13
+
+
+@pytest.mark.parametrize("density", [0.01, 0.0, 1.5])
+def test_a_budget_that_cannot_be_met_is_refused(model: Any, density: float) -> None:
+    with pytest.raises(ValueError, match="is no budget"):
+        uniform_window(model, density, 1024)

@@ -1,0 +1,126 @@
+"""`moa spans` from the model to an answer under the plan, on a tiny random model; resuming and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from moa.cli import app
+from moa.cli.spans.recipe import SpanRecipe, shipped
+from moa.spans import SpanPlan
+
+RECIPE = """
+data: {source: "tasks:lines"}
+lengths: [96, 192]
+extend: [320]
+validate_length: 256
+items: 2
+validate_items: 2
+max_new_tokens: 4
+dtype: float32
+step: 32
+slopes: 5
+intervals: 2
+sink: 16
+block: 16
+"""
+
+
+def moa(*arguments: object, code: int = 0, text: str | None = None) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("spans") / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(recipe: Path, tiny_base: Path) -> tuple[Path, dict[str, str]]:
+    """The output folder after all steps, and what each said."""
+    folder = recipe.parent / "run"
+    said = {}
+    for verb in ("calibrate", "profile", "search", "validate"):
+        said[verb] = moa("spans", verb, recipe, "--base", tiny_base, "--output", folder)
+    return folder, said
+
+
+def test_every_step_says_what_it_did_and_what_comes_next(done):
+    folder, said = done
+    for verb, following in zip(said, ("profile", "search", "validate", "run"), strict=True):
+        assert f"next: moa spans {following}" in said[verb]
+        assert f"--output {folder}" in said[verb]
+    assert "2 of 96 tokens, 2 of 192 tokens" in said["calibrate"]
+    assert "length 192: 2 items, response loss" in said["profile"]
+
+
+def test_plan_carries_its_evidence(done, tiny_base):
+    folder, _ = done
+    plan = SpanPlan.load(folder)
+    assert plan.model == str(tiny_base)
+    assert (plan.sink, plan.block) == (16, 16)
+    for length in (96, 192, 320):
+        assert 0.45 - 1e-9 <= plan.kv_density(length) <= 0.5 + 1e-9
+    assert {"losses", "kv_density", "certified_gap", "validation", "versions", "limits", "seed"} <= plan.searched.keys()
+    assert plan.searched["validation"]["length"] == 256
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert SpanRecipe.load(str(folder / "recipe.yaml")).lengths == [96, 192]
+
+
+def test_run_answers_under_the_plan_and_counts_bytes(done, recipe, tiny_base):
+    folder, _ = done
+    said = moa("spans", "run", recipe, "--base", tiny_base, "--output", folder, "--plain", text="abcdefgh" * 30)
+    # 2 layers x 2 KV heads x keys and values x 8 numbers of 4 bytes, for every token
+    held = int(said.split("tokens: ")[1].split(" bytes")[0].replace(",", ""))
+    tokens = int(said.split("after ")[1].split(" tokens")[0])
+    assert f"{tokens * 2 * 2 * 2 * 8 * 4:,} dense" in said
+    assert 0.4 < held / (tokens * 256) < 0.6
+
+
+def test_finished_steps_are_not_done_again(done, recipe, tiny_base):
+    folder, _ = done
+    files = [*folder.glob("*.jsonl"), *folder.glob("influence/*")]
+    before = [file.read_bytes() for file in files]
+    for verb in ("calibrate", "profile", "search", "validate"):
+        moa("spans", verb, recipe, "--base", tiny_base, "--output", folder)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_other_settings_need_overwrite(done, recipe, tiny_base, tmp_path):
+    folder, _ = done
+    given = ("--base", tiny_base, "--output", folder)
+    assert "density" in moa("spans", "search", recipe, *given, "--density", 0.6, code=2)
+    assert "items was 2, now it is 3" in moa("spans", "calibrate", recipe, *given, "--items", 3, code=2)
+
+
+def test_mistakes_are_explained(recipe, tiny_base, tmp_path):
+    given = ("--base", tiny_base, "--output", tmp_path / "out")
+    assert "did you mean 'density'?" in moa("spans", "search", recipe, *given, "--densty", 0.6, code=2)
+    assert "moa spans calibrate" in moa("spans", "profile", recipe, *given, code=2)
+    assert "moa spans profile" in moa("spans", "search", recipe, *given, code=2)
+    assert "moa spans search" in moa("spans", "validate", recipe, *given, code=2)
+    assert "moa spans validate" in moa("spans", "run", recipe, *given, "--prompt", "a", code=2)
+    assert "must be longer than the profiled 192" in moa("spans", "search", recipe, "--validate_length", 96, code=2)
+    assert "not a multiple of block=16" in moa("spans", "search", recipe, "--lengths", "[100]", code=2)
+    assert "there is no span recipe 'nothing'" in moa("spans", "search", "nothing", code=2)
+
+
+def test_help_names_every_key():
+    said = moa("spans", "search", "--help")
+    for key in ("--density", "--rules_per_layer", "--data.source", "embedded-spans"):
+        assert key in said
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_valid_and_say_what_they_do(name, tmp_path):
+    loaded = SpanRecipe.load(name, {"output": str(tmp_path)})
+    loaded.save()
+    again = SpanRecipe(**yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
+    assert again == loaded

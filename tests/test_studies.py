@@ -1,0 +1,460 @@
+"""Studies: what a file may say, sizes that meet a budget, cells that resume, and a page that states the verdict."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from moa.adapters.presets import PRESETS
+from moa.assets import base_path
+from moa.cli import app
+from moa.studies import cells as grid
+from moa.studies.budget import fit
+from moa.studies.cells import TEST, Cell, Store
+from moa.studies.conduct import Plan, plan, seconds_for
+from moa.studies.data import load
+from moa.studies.methods import Method
+from moa.studies.report import write_report
+from moa.studies.results import gather, markdown, write_results
+from moa.studies.runner import run
+from moa.studies.study import Study, StudyData
+from moa.training.adapter import adapter_config
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies"
+OUTSIDE = ["peft:lora", "peft:dora", "peft:lily"]
+
+
+@pytest.fixture
+def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
+    """A study of seconds, as plain data."""
+    for name, numbers in (("train", range(40)), ("asked", range(40, 52))):
+        rows = [{"instruction": f"{n} + 1 = ?", "output": f"It is {n + 1}.", "answer": str(n + 1)} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "title": "A tiny study",
+        "output": str(tmp_path / "out"),
+        "base": str(tiny_base),
+        "budgets": [8000],
+        "seeds": [0, 1],
+        "steps": 3,
+        "batch_size": 4,
+        "snapshots": 2,
+        "data": {
+            "train": [str(tmp_path / "train.jsonl")],
+            "test": [str(tmp_path / "asked.jsonl")],
+            "validation_rows": 8,
+            "max_length": 64,
+            "max_new_tokens": 3,
+        },
+        "tuning": {"learning_rates": [0.001, 0.01]},
+        "training": {"dtype": "float32"},
+        "methods": {
+            "soft-moa": None,
+            "nested": {"preset": "molora", "copies": 2},
+            "lora": {"note": "plain"},
+        },
+        "claims": [{"better": "soft-moa", "than": ["nested", "lora"], "text": "Mixtures win <here>."}],
+    }
+
+
+# What a file may say
+
+
+def test_a_study_survives_being_written_and_read(tree):
+    study = Study.from_tree(tree)
+    assert Study.from_tree(json.loads(json.dumps(study.to_dict()))) == study
+    assert study.methods["nested"].changes == {"copies": 2}
+    assert study.methods["lora"].preset == "lora"
+
+
+@pytest.mark.parametrize("name", ["embedded", "quick", "real"])
+def test_committed_studies_are_valid(name):
+    study = Study.load(BENCHMARKS / f"{name}.yaml")
+    assert study.claims
+    if name == "embedded":
+        assert set(PRESETS) | set(OUTSIDE) <= set(study.methods)
+        assert len(study.seeds) >= 5
+        assert len(study.budgets) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 3}, "'stpes' .did you mean 'steps'"),
+        ({"data": {"tets": []}}, "data has no key 'tets' .did you mean 'test'"),
+        ({"data": 3}, "data must be a mapping"),
+        ({"tuning": {"rates": [1]}}, "tuning has no key 'rates'"),
+        ({"steps": "many"}, "steps='many' must be a whole number"),
+        ({"steps": 1}, "steps=1 is outside"),
+        ({"budgets": []}, "budgets=.. must list"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must list"),
+        ({"seeds": [1000]}, "tuning.seeds share"),
+        ({"tuning": {"budget": 5}}, "tuning.budget=5 is not one of"),
+        ({"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"methods": {}}, "methods is empty"),
+        ({"methods": {"soft-mao": None}}, "methods.soft-mao: there is no preset .*did you mean 'soft-moa'"),
+        ({"methods": {"lora": {"rnk": 3}}}, "methods.lora: .*'rnk'"),
+        ({"methods": {"lora": {"grow": ["prompt"]}}}, "methods.lora: nothing can grow"),
+        ({"methods": {"soft-moa": {"grow": ["lroa"]}}}, "methods.soft-moa: grow='lroa'.*did you mean 'lora'"),
+        ({"methods": {"lora": {"budgets": [7]}}}, "methods.lora: budgets names 7"),
+        ({"methods": {"lora": 4}}, "methods.lora=4 must be a section"),
+        ({"methods": {"a b": {"preset": "lora"}}}, "'a b' must have no spaces"),
+        ({"methods": [1]}, "methods must be a mapping"),
+        ({"claims": [{"better": "soft-moa", "than": ["molora"]}]}, "than='molora' is not one of"),
+        ({"claims": [{"better": "soft-moa", "than": ["soft-moa"]}]}, "better than itself"),
+        ({"claims": [{"better": "lora"}]}, "names no rival"),
+        ({"claims": 3}, "claims must be a list"),
+        ({"claims": [{"better": "lora", "than": ["nested"], "budgets": [5]}]}, "claims: budgets names 5"),
+        ({"claims": [{"beter": "lora"}]}, "did you mean 'better'"),
+        ({"training": {"learning_rate": 1}}, "'learning_rate'; a study sets it"),
+        ({"training": {"schedul": "linear"}}, "did you mean 'schedule'"),
+        ({"training": {"weight_decay": 2}}, "weight_decay=2.*outside"),
+    ],
+)
+def test_a_wrong_study_says_what_is_wrong(tree, tmp_path, change, message):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(tree | change))
+    with pytest.raises(ValueError, match=f"wrong.yaml: .*{message}"):
+        Study.load(file)
+
+
+def test_files_that_are_no_studies(tree, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("a: [b")
+    with pytest.raises(ValueError, match=r"mine\.yaml: not YAML"):
+        Study.load(file)
+    file.write_text("- 1")
+    with pytest.raises(ValueError, match="a study must be a mapping"):
+        Study.load(file)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .mine\.yaml."):
+        Study.load(tmp_path / "mini.yaml")
+    file.write_text(yaml.safe_dump(tree))
+    assert Study.load(file, {"data.test_rows": "7", "steps": "9"}).data.test_rows == 7
+    with pytest.raises(ValueError, match="not a section"):
+        Study.load(file, {"steps.more": "1"})
+
+
+# Sizes that meet a budget
+
+
+def counted(section: dict[str, Any]) -> int:
+    """What PEFT trains, without the solver's own counting."""
+    config = AutoConfig.from_pretrained(base_path())
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(section))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *OUTSIDE])
+def test_every_method_meets_its_budget(name):
+    for budget in (100_000, 230_000):
+        found = fit(Method.from_tree(name, None), "embedded", budget)
+        assert found.trained == counted(found.section)
+        assert abs(found.trained - budget) <= 0.01 * budget
+
+
+def test_sizes_keep_their_proportions_and_scalings():
+    method = Method.from_tree("soft-moa", {"r": 4, "alpha": 8, "size": 16, "router": {"hidden_per_expert": 0}})
+    found = fit(method, "embedded", 150_000)
+    config = adapter_config(found.section)
+    assert config.router.hidden_per_expert == 0
+    ranks = {expert.r for expert in config.experts if expert.kind == "lora"}
+    widths = {expert.size for expert in config.experts if expert.kind == "parallel"}
+    assert max(ranks) - min(ranks) <= 1
+    assert max(widths) / min(ranks) == pytest.approx(16 / 4, rel=0.15)
+    assert {expert.scaling for expert in config.experts if expert.kind == "lora"} == {2.0}
+    places = [
+        (target, layer)
+        for e in config.experts
+        if e.kind == "lora"
+        for target in e.targets
+        for layer in e.layers or range(4)
+    ]
+    assert sorted(places) == sorted((target, layer) for target in ("q", "k", "v", "o", "down") for layer in range(4))
+
+
+def test_only_what_may_grow_grows():
+    found = fit(Method.from_tree("soft-moa", {"grow": ["parallel"]}), "embedded", 150_000)
+    config = adapter_config(found.section)
+    assert {expert.r for expert in config.experts if expert.kind == "lora"} == {8}
+    assert {expert.length for expert in config.experts if expert.kind == "prompt"} == {10}
+
+
+def test_what_cannot_be_met_says_what_can():
+    with pytest.raises(ValueError, match=r"as few as 50,000.*it trains 8[12],"):
+        fit(Method.from_tree("molora", None), "embedded", 50_000)
+    with pytest.raises(ValueError, match="the nearest it reaches is"):
+        fit(Method.from_tree("prompt", None), "embedded", 700)
+    assert fit(Method.from_tree("molora", {"copies": 4}), "embedded", 50_000).trained == pytest.approx(50_000, rel=0.01)
+
+
+def test_a_study_names_all_methods_that_miss(tree):
+    study = Study.from_tree(tree | {"budgets": [600]})
+    with pytest.raises(ValueError, match=r"(?s)soft-moa at 600: .*nested at 600: .*lora at 600: "):
+        plan(study)
+
+
+# Rows
+
+
+def test_rows_are_held_out_and_test_rows_are_not_learned(tree, tmp_path):
+    rows = load(StudyData(**tree["data"]))
+    assert (len(rows.train), len(rows.validation), len(rows.sets[0].rows)) == (32, 8, 12)
+    texts = [row["instruction"] for row in (*rows.train, *rows.validation)]
+    assert len(set(texts)) == 40
+    with pytest.raises(ValueError, match=r"12 of the 12 test rows of .asked. are in data\.train"):
+        load(StudyData(**tree["data"] | {"train": [*tree["data"]["train"], *tree["data"]["test"]]}))
+    with pytest.raises(ValueError, match="leaves nothing to learn"):
+        load(StudyData(**tree["data"] | {"validation_rows": 40}))
+
+
+# Cells
+
+
+@pytest.fixture
+def planned(tree) -> Plan:
+    return plan(Study.from_tree(tree))
+
+
+def test_the_same_seed_gives_the_same_cell(planned):
+    cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
+    first, second = ({**run(planned.job(cell))} for _ in range(2))
+    for timing in ("seconds", "cpu_seconds", "step_seconds", "peak_memory_mib"):
+        assert first.pop(timing)
+        assert second.pop(timing)
+    assert first == second
+    assert first["diverged"] is None
+    (only,) = first["sets"].values()
+    assert len(only["accuracy"]) == len(only["answer_loss"]) == 12
+    assert [state["step"] for state in first["routing"]] == [2, 3]
+    block = first["routing"][-1]["blocks"][0]
+    assert set(block["gate"]) == {"q", "k", "v", "prompt", "o", "down", "parallel"}
+    assert all(share == 1.0 for share in block["active"].values())
+    assert block["dead"] == []
+    other = run(planned.job(Cell(TEST, "soft-moa", 8000, 1, 0.01)))
+    assert other["sets"] != first["sets"]
+    assert not Path(planned.job(cell).recipe.output).exists()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_methods_of_peft_run_the_same_way(tree, name):
+    tree |= {"methods": {"yardstick": {"preset": name}}, "claims": [], "tolerance": 0.1, "budgets": [9000]}
+    planned = plan(Study.from_tree(tree))
+    result = run(planned.job(Cell(TEST, "yardstick", 9000, 0, 0.01)))
+    assert result["routing"] == []
+    assert np.isfinite(result["sets"]["asked"]["answer_loss"]).all()
+    assert result["step_seconds"] > 0
+
+
+def test_a_run_that_diverges_is_a_result(planned):
+    result = run(
+        planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).__class__(
+            **{**planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).__dict__, "recipe": _hopeless(planned)}
+        )
+    )
+    assert "step" in result["diverged"]
+    assert sum(result["sets"]["asked"]["accuracy"]) == 0
+    assert "answer_loss" not in result["sets"]["asked"]
+
+
+def _hopeless(planned: Plan) -> Any:
+    recipe = planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).recipe
+    for expert in recipe.adapter["experts"]:
+        expert["alpha"] = 1e30
+    return recipe
+
+
+def test_only_a_cell_of_the_same_configuration_counts(planned, tree):
+    cell = Cell(TEST, "lora", 8000, 0, 0.01)
+    store = Store(planned.folder / "cells")
+    assert planned.finished([cell]) == {}
+    store.write(cell, planned.configuration(cell), {"answer": 42})
+    assert planned.finished([cell])[cell]["answer"] == 42
+    for change in (
+        {"steps": 4},
+        {"training": {"weight_decay": 0.5}},
+        {"methods": {"lora": {"alpha": 9}}, "claims": []},
+    ):
+        assert plan(Study.from_tree(tree | change)).finished([cell]) == {}
+    assert plan(Study.from_tree(tree | {"title": "Another", "seeds": [0, 1, 2]})).finished([cell])
+    file = Path(tree["data"]["train"][0])
+    file.write_text(file.read_text() + json.dumps({"instruction": "new", "output": "row"}) + "\n")
+    assert plan(Study.from_tree(tree)).finished([cell]) == {}
+    store.path(cell).write_text('{"configuration": {')
+    assert planned.finished([cell]) == {}
+
+
+def test_every_method_gets_the_same_tries_and_the_best_rate(planned):
+    methods = planned.methods
+    tries = grid.tries(planned.study, methods)
+    assert {name: sum(cell.method == name for cell in tries) for name in methods} == dict.fromkeys(methods, 2)
+    losses = {cell: {"validation_loss": abs(cell.learning_rate - 0.01)} for cell in tries}
+    losses[next(cell for cell in tries if cell.method == "lora" and cell.learning_rate == 0.01)]["validation_loss"] = (
+        None
+    )
+    rates = grid.choose_rates(planned.study, methods, losses)
+    assert rates == {("soft-moa", 8000): 0.01, ("nested", 8000): 0.01, ("lora", 8000): 0.001}
+    with pytest.raises(ValueError, match="soft-moa at 8,000 parameters diverged at every rate"):
+        grid.choose_rates(planned.study, methods, {cell: {"validation_loss": None} for cell in tries})
+    names = [cell.name for cell in (*tries, *grid.tests(planned.study, methods, rates))]
+    assert len(set(names)) == len(names) == 6 + 6
+
+
+def test_time_left_is_the_mean_of_cells_alike():
+    cells = [Cell(TEST, method, 1, seed, 0.1) for method in ("a", "b") for seed in range(3)]
+    known = {
+        cells[0]: {"seconds": {"train": 1.0, "evaluate": 1.0}},
+        cells[3]: {"seconds": {"train": 9.0, "evaluate": 1.0}},
+    }
+    assert seconds_for(cells[1:3] + cells[4:], known, 1) == pytest.approx(2 * 2 + 2 * 10)
+    assert seconds_for(cells[1:3], known, 2) == pytest.approx(2)
+    assert seconds_for(cells, {}, 1) is None
+    assert seconds_for([], {}, 1) == 0
+
+
+# Results and page
+
+
+def routing_states() -> list[dict[str, Any]]:
+    """Two blocks with different experts; one of them dies between the two states."""
+    one = {"block": 0, "gate": {"q": 0.5, "prompt": 0.25}, "active": {"q": 1.0, "prompt": 0.75}, "dead": []}
+    other = {"block": 1, "gate": {"q": 0.5}, "active": {"q": 1.0}, "dead": []}
+    dying = other | {"gate": {"q": 0.001}, "active": {"q": 0.0}, "dead": ["q"]}
+    return [{"step": 2, "blocks": [one, other]}, {"step": 3, "blocks": [one, dying]}]
+
+
+def fabricate(planned: Plan, advantage: float) -> None:
+    """Cells on disk in which soft-moa is right more often by ``advantage`` than the others."""
+    random = np.random.default_rng(0)
+    rates = {key: 0.01 for key in planned.fits}
+    for cell in grid.tries(planned.study, planned.methods):
+        loss = abs(cell.learning_rate - 0.01)
+        planned.store.write(cell, planned.configuration(cell), {"validation_loss": loss})
+    for cell in grid.tests(planned.study, planned.methods, rates):
+        share = 0.5 + advantage * (cell.method == "soft-moa")
+        right = (random.random(12) < share).astype(int).tolist()
+        one = {"family": "math", "kind": "number", "chance": 0.1, "rows": 12, "accuracy": right}
+        result = {
+            "diverged": None,
+            "step_seconds": 0.1,
+            "peak_memory_mib": 100.0,
+            "sets": {"asked": one | {"answer_loss": [1.0 + n / 100 for n in range(12)]}},
+            "routing": routing_states(),
+            "versions": {"moa": "0"},
+        }
+        planned.store.write(cell, planned.configuration(cell), result)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "outcome", "words"), [(0.5, "holds", "Yes."), (-0.5, "fails", "No."), (0, "open", "Not shown.")]
+)
+def test_the_page_states_the_verdict_whichever_way_it_falls(tree, tmp_path, advantage, outcome, words):
+    planned = plan(Study.from_tree(tree | {"seeds": list(range(8))}))
+    fabricate(planned, advantage)
+    results = gather(planned)
+    (claim,) = results["claims"]
+    assert (claim["outcome"], results["missing_cells"]) == (outcome, 0)
+    page = write_report(results, tmp_path / "index.html").read_text()
+    assert claim["verdict"].startswith(words)
+    assert claim["verdict"].replace("'", "&#39;") in page
+    low, high = claim["comparisons"][0]["interval"]
+    assert f"{low:+.1f} to {high:+.1f}" in page
+    assert "Mixtures win &lt;here&gt;." in page
+    assert not re.search(r"https?:|//\w|<script|src=|@import|url\(", page)
+    assert claim["verdict"] in markdown(results)
+    routing = results["rows"][0]["routing"]
+    assert [state["dead"] for state in routing["course"]] == [0, 1]
+    assert routing["active"] == pytest.approx((1.0 + 0.75 + 0.0) / 3)
+    assert (routing["names"], routing["experts"], routing["blocks"][1]["dead"]) == (["q", "prompt"], 3, ["q"])
+    write_results(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["claims"][0]["outcome"] == outcome
+
+
+def test_an_unfinished_study_says_so(planned, tmp_path):
+    fabricate(planned, 0)
+    planned.store.path(Cell(TEST, "lora", 8000, 1, 0.01)).unlink()
+    results = gather(planned)
+    assert results["missing_cells"] == 1
+    assert results["claims"][0]["missing"] == [{"budget": 8000, "rival": "lora"}]
+    assert [row["method"] for row in results["rows"]] == ["soft-moa", "nested"]
+    assert "1 training runs are still missing" in write_report(results, tmp_path / "index.html").read_text()
+
+
+# The command
+
+
+def test_help_suffices_and_mistakes_are_named(tree, tmp_path):
+    runner = CliRunner()
+    shown = runner.invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).output
+    for word in ("--dry-run", "--only", "--workers", "data.test_rows", "tuning.learning_rates", "budgets"):
+        assert word in shown
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    wrong = runner.invoke(app, ["bench", str(file), "--only", "sof-moa"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'soft-moa'" in wrong.output
+
+
+def bench(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from moa.cli import app; app()", "bench", *arguments]
+
+
+def wait_for(condition: Any, seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tree, tmp_path):
+    tree |= {"methods": {"soft-moa": None, "lora": None}, "claims": [{"better": "soft-moa", "than": ["lora"]}]}
+    tree["tuning"] = {"learning_rates": [0.01]}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    cells = Path(tree["output"]) / "cells"
+    process = subprocess.Popen(bench(str(file)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(cells.glob("*.json"))) >= 1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 30)
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert 1 <= len(before) < 4
+    done = subprocess.run(bench(str(file)), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(cells.glob("*.json"))) == 4
+    assert (Path(tree["output"]) / "index.html").is_file()
+    first = json.loads((Path(tree["output"]) / "results.json").read_text())
+    # Without an interruption, with two workers, elsewhere.
+    done = subprocess.run(
+        bench(str(file), "--workers", "2", "--output", str(tmp_path / "again")),
+        capture_output=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    second = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert first["claims"] == second["claims"]
+    for ours, theirs in zip(first["rows"], second["rows"], strict=True):
+        assert ours["metrics"] == theirs["metrics"]
+        assert ours["learning_rate"] == theirs["learning_rate"]
+    shutil.rmtree(tmp_path / "again")
