@@ -3,12 +3,12 @@
     python benchmarks/span_quality.py --work runs/span-quality
 
 The model is the embedded long-context organism, or any other with `--base`. Influence is measured on prompts that the
-model answers itself, half a length at a time; plans are searched per KV head for every density, the front is validated
+model answers itself; plans are searched per KV head for every density, the front is validated
 at the longest length, and every plan is measured through `generate()` on line retrieval, needle retrieval and copying
 by length, and on the perplexity of long text. Every cell (density x method x task x length) is written at once, so that
 a stopped study continues; the picture and the table come last.
 
-Baselines (`moa.spans.baselines`) get the bytes of the searched plan's budget: uniform sink and window, two classes of
+Baselines (`moa.spans.baselines`) get the same budget at every length: uniform sink and window, two classes of
 heads by far influence, one span per layer.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from moa.evaluation.results import write
 from moa.evaluation.retrieval import long_prompts, perplexity, retrieval
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.baselines import far_influence, layer_only, two_class, uniform_window
-from moa.spans.influence import influence
-from moa.spans.items import Item
-from moa.spans.search import Limits, search
-from moa.spans.validation import validate
+from moa.spans.evidence.influence import Influence, influence
+from moa.spans.evidence.items import Item
+from moa.spans.evidence.validation import validate
+from moa.spans.search.plans import Limits, search
 from moa.tasks.long_context import LONG_TASKS
 
+PlanAt = Callable[[int], SpanPlan | None]  # of a length in tokens; None: dense
 METHODS = ("searched", "uniform window", "two classes", "layer only")
 CALIBRATION, VALIDATION, TEST = 1, 2, 3  # seeds of the prompts
 
@@ -43,7 +44,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.base)
-    plans: dict[tuple[str, float], SpanPlan | None] = {("dense", 1.0): None}
+    plans: dict[tuple[str, float], PlanAt] = {("dense", 1.0): lambda length: None}
     for density in args.densities:
         for method, plan in plans_at(model, tokenizer, density, args).items():
             plans[method, density] = plan
@@ -85,30 +86,27 @@ def load(base: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
-def plans_at(model: Any, tokenizer: Any, density: float, args: argparse.Namespace) -> dict[str, SpanPlan]:
-    """Every method's plan at a density."""
-    longest = max(args.lengths)
-    lost = (
-        {n: influences(model, tokenizer, n, args) for n in args.profiled} if args.methods != ["uniform window"] else {}
-    )
-    scores = far_influence(lost[max(lost)]) if lost else None
-    made: dict[str, SpanPlan] = {}
-    for method in args.methods:
-        if method == "searched":
-            made[method] = searched(model, tokenizer, lost, density, args)
-        elif method == "uniform window":
-            made[method] = uniform_window(model, density, longest)
-        else:
-            made[method] = (two_class if method == "two classes" else layer_only)(model, density, longest, scores)
-        args.work.mkdir(parents=True, exist_ok=True)
-        made[method].save(args.work / f"plan-{method.replace(' ', '-')}-{density}.json")
-    return made
+def plans_at(model: Any, tokenizer: Any, density: float, args: argparse.Namespace) -> dict[str, PlanAt]:
+    """Every method's plan at a density; baselines are made anew for every length, so that their bytes are right."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    lost = {n: influences(model, tokenizer, n, args) for n in args.profiled}
+    scores = far_influence(lost[max(lost)].mean("absolute"))
+    made: dict[str, PlanAt] = {
+        "uniform window": lambda length: uniform_window(model, density, length),
+        "two classes": lambda length: two_class(model, density, length, scores),
+        "layer only": lambda length: layer_only(model, density, length, scores),
+    }
+    if "searched" in args.methods:
+        plan = searched(model, tokenizer, {n: found.mean() for n, found in lost.items()}, density, args)
+        plan.save(args.work / f"plan-searched-{density}.json")
+        made["searched"] = lambda length: plan
+    return {method: made[method] for method in args.methods}
 
 
-def influences(model: Any, tokenizer: Any, length: int, args: argparse.Namespace) -> torch.Tensor:
+def influences(model: Any, tokenizer: Any, length: int, args: argparse.Namespace) -> Influence:
     """Mean absolute influence, (layers, KV heads, blocks, blocks), on the model's own answers."""
     items = calibration(model, tokenizer, length, args.items, CALIBRATION)
-    return influence(model, items, length, save_to=args.work / f"influence-{length}.safetensors").mean()
+    return influence(model, items, length, save_to=args.work / f"influence-{length}.safetensors")
 
 
 def calibration(model: Any, tokenizer: Any, length: int, n: int, seed: int) -> list[Item]:
@@ -140,7 +138,7 @@ def searched(
 
 
 def measured(
-    model: Any, tokenizer: Any, method: str, density: float, plan: SpanPlan | None, args: argparse.Namespace
+    model: Any, tokenizer: Any, method: str, density: float, plan_at: PlanAt, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A method's cells, from disk where they are there."""
     dense = SpanPlan.dense(model.config.num_hidden_layers, model.config.num_key_value_heads)
@@ -149,6 +147,7 @@ def measured(
             name = f"cell-{method.replace(' ', '-')}-{density}-{task}-{length}.json"
             path = args.work / name
             if not path.exists():
+                plan = plan_at(length)
                 with apply(model, plan):
                     score = score_of(model, tokenizer, task, length, args)
                 cell = {"method": method, "density": density, "task": task, "length": length, "score": score}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moa.spans.search import Limits, search, versions
+from moa.spans.search.plans import Limits, search, versions
 
 RESULT = Path(__file__).parent / "results" / "span_search.json"
 LENGTHS, EXTEND, BLOCK = (2048, 4096, 8192), (16384,), 64

@@ -16,8 +16,9 @@ from tiny import perturb, tiny_config
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import moa
-from moa.spans import SpanPlan, apply_spans, columns
+from moa.spans import SpanPlan, apply_spans
 from moa.spans.layout import Sight, positions
+from moa.spans.runtime import columns
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spans"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from moa.spans import SpanPlan, apply_spans, cache_bytes
 from moa.spans.layout import positions
-from moa.spans.ring import Ring
+from moa.spans.runtime.ring import Ring
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spans"
 CASES = json.loads((GOLDEN / "cache.json").read_text())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa.spans.calibration import calibrate, load_items, prompt_tokens
-from moa.spans.sources import Passage, Source
+from moa.spans.evidence.calibration import calibrate, load_items, prompt_tokens
+from moa.spans.evidence.sources import Passage, Source
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from moa.spans.influence import Influence, influence
-from moa.spans.items import Item, response_loss
+from moa.spans.evidence.influence import Influence, influence
+from moa.spans.evidence.items import Item, response_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spans"
 ON_INTERFACE = [name for name in FAMILIES if name not in ("falcon", "gptj", "bloom", "mpt")]

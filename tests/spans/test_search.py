@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from moa.spans import Rule, SpanPlan, span
-from moa.spans.grid import rules
-from moa.spans.pareto import Point, front, sweep
-from moa.spans.pricing import Pricing
-from moa.spans.program import Program, native, program, reference
-from moa.spans.search import Limits, search, solver, verify
-from moa.spans.solution import Goal
-from moa.spans.whole import solve_whole
+from moa.spans.search.grid import rules
+from moa.spans.search.pareto import Point, front, sweep
+from moa.spans.search.plans import Limits, search, solver, verify
+from moa.spans.search.pricing import Pricing
+from moa.spans.search.program import Program, native, program, reference
+from moa.spans.search.solution import Goal
+from moa.spans.search.whole import solve_whole
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spans"
 GRIDS = json.loads((GOLDEN / "grid.json").read_text())
@@ -216,7 +216,7 @@ def test_small_programs_are_solved_exactly_and_large_ones_by_pricing(monkeypatch
     problem = random_program(0, layers=3, heads=2)
     exact = solve_whole(problem, Goal.alone(problem, 0)).value
     assert solver(problem)(Goal.alone(problem, 0)).value <= exact * 1.005
-    monkeypatch.setattr("moa.spans.search.WHOLE", 0)
+    monkeypatch.setattr("moa.spans.search.plans.WHOLE", 0)
     priced = solver(problem)(Goal.alone(problem, 0))
     assert priced.bound <= exact <= priced.value * (1 + 1e-9)
 

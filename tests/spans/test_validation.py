@@ -9,8 +9,8 @@ import torch
 
 from moa.report.spans import write_report
 from moa.spans import SpanPlan, apply_spans
-from moa.spans.items import Item, response_loss
-from moa.spans.validation import validate
+from moa.spans.evidence.items import Item, response_loss
+from moa.spans.evidence.validation import validate
 
 FIELDS = {"sink": 8, "block": 8, "model": "some/model"}
 PLANS = [SpanPlan.uniform(2, 2, density, **FIELDS) for density in (0.25, 0.5, 0.75)] + [SpanPlan.dense(2, 2, **FIELDS)]

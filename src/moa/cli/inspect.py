@@ -37,6 +37,9 @@ def inspect(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each set, drawn at random.")] = 20,
     examples: Annotated[int, typer.Option(min=0, help="Answers of each set to write and show token by token.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer to write. Default: as in moa eval.")
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="The page; the numbers go beside it into a .json file of the same name.")
     ] = Path("report.html"),
@@ -62,7 +65,7 @@ def inspect(
     from moa.evaluation.sets import load_all
     from moa.report.inspection import write_report
 
-    sets = load_all(data or ["tasks:all"], limit=rows, seed=seed)
+    sets = load_all(data or ["tasks:all"], limit=rows, seed=seed, max_new_tokens=max_new_tokens)
     console = Console()
     found = []
     for name in [adapter, *([against] if against else [])]:

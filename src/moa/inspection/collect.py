@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,11 @@ def routers_of(model: nn.Module, adapter: str) -> dict[Place, RouterFacts]:
     return routers
 
 
+def all_columns(columns: Iterable[Sequence[str]]) -> list[str]:
+    """The names of several routers' columns, each once, in the order of gate columns."""
+    return sorted(dict.fromkeys(name for names in columns for name in names), key=column_position)
+
+
 def decisions_of(
     model: Any, adapter: str, texts: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
 ) -> dict[Place, Decisions]:
@@ -80,6 +85,9 @@ def decisions_of(
 
     Returns:
         Per router its decisions on the tokens of all texts, one text after the other.
+
+    Raises:
+        ValueError: a gate is not a finite number.
     """
     seen: dict[Place, list[Decisions]] = {}
     with torch.no_grad(), gate_values(model, adapter) as record:
@@ -87,6 +95,7 @@ def decisions_of(
             record.clear()
             model(input_ids=torch.tensor([list(text)], device=model.device), use_cache=False)
             for place, found in _recorded(record):
+                _check_finite(place, found.gates)
                 seen.setdefault(place, []).append(found)
             progress()
     return {place: joined(parts) for place, parts in seen.items()}
@@ -105,6 +114,15 @@ def _recorded(record: GateRecord) -> Iterator[tuple[Place, Decisions]]:
     for block, sites in record.routes.items():
         for site, routes in sites.items():
             yield Place(block, site), Decisions(_rows(routes), None)
+
+
+def _check_finite(place: Place, gates: Tensor) -> None:
+    if not gates.isfinite().all():
+        whose = f"block {place.block}" if place.site is None else f"the copies of {place.site} in block {place.block}"
+        raise ValueError(
+            f"the router of {whose} puts out gates that are not finite: the adapter is damaged, or the model's dtype "
+            "overflows (try --dtype float32)"
+        )
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moa.evaluation.generation import context, greedy
-from moa.inspection.collect import Place, RouterFacts, decisions_of
+from moa.inspection.collect import Place, RouterFacts, all_columns, decisions_of
 from moa.inspection.results import Example, Strongest
 
 
@@ -42,7 +42,9 @@ def example(
     settings = greedy(model, tokenizer, room)
     written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     text = [int(token) for token in written[0]]
-    answer = [token for token in text[len(read) :] if token not in tokenizer.all_special_ids]
+    answer = text[len(read) :]
+    if answer and answer[-1] in (settings.eos_token_id or []):
+        answer.pop()
     if not answer:
         return None
     found = decisions_of(model, adapter, [read + answer])
@@ -65,7 +67,7 @@ def strongest_of(facts: Mapping[Place, RouterFacts], gates: Mapping[Place, Tenso
     own = [place for place in ordered if place.site is None]
     if not own:
         return entries
-    names = list(dict.fromkeys(name for place in own for name in facts[place].columns))
+    names = all_columns(facts[place].columns for place in own)
     mean = torch.zeros(len(gates[own[0]]), len(names))
     for place in own:
         mean[:, [names.index(name) for name in facts[place].columns]] += gates[place] / len(own)

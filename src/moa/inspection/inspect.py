@@ -19,6 +19,7 @@ from moa.inspection.collect import (
     Decisions,
     Place,
     RouterFacts,
+    all_columns,
     decisions_of,
     experts_of,
     joined,
@@ -52,23 +53,13 @@ def inspect_adapter(
         progress: called with what is going on and how many rows or examples were just finished.
 
     Raises:
-        ValueError: not a Mixture of Adapters; no rows; or no row that fits into the model's context.
+        ValueError: not a Mixture of Adapters, chat rows, or no row that fits into the model's context.
     """
     model, name = _mixture(loaded)
     config: MoAConfig = model.peft_config[name]
     facts = routers_of(model, name)
-    texts, skipped = {}, {}
-    for data in sets:
-        found = [_text(loaded, row) for row in data.rows]
-        texts[data.name] = [text for text in found if 0 < len(text) <= context(model)]
-        skipped[data.name] = len(found) - len(texts[data.name])
-    if not any(texts.values()):
-        rows = sum(skipped.values())
-        limit = context(model)
-        raise ValueError(
-            f"none of the {rows} rows fits into the model's context of {limit} tokens" if rows else "there are no rows"
-        )
-    decided = _decide(model, name, texts, progress)
+    texts, skipped = _texts(loaded, sets)
+    decided = _decide(model, name, texts, progress) if facts else {}
     compared, tokens = similarity(model, name, _in_turns(list(texts.values())))
     return Inspection(
         adapter=adapter,
@@ -76,10 +67,10 @@ def inspect_adapter(
         template=loaded.template,
         blocks=model.config.get_text_config().num_hidden_layers,
         gating=plain(config.gating) if any(place.site is None for place in facts) else None,
-        experts=list(dict.fromkeys(n for place, f in facts.items() if place.site is None for n in f.columns)),
+        experts=all_columns(fact.columns for place, fact in facts.items() if place.site is None),
         bare=_bare(model, name),
         pooled=_pooled(facts, texts, skipped, decided),
-        sets=[_set(data, facts, texts[data], skipped[data], decided[data]) for data in texts],
+        sets=[_set(data, facts, texts[data], skipped[data], decided.get(data, {})) for data in texts],
         examples=_examples(loaded, name, facts, sets, examples, progress) if facts else [],
         similarity=compared,
         compared_tokens=tokens,
@@ -94,10 +85,24 @@ def _mixture(loaded: Loaded) -> tuple[Any, str]:
     return model, model.active_adapter
 
 
+def _texts(loaded: Loaded, sets: Sequence[EvaluationSet]) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+    """By set, the token ids of the rows that fit into the model's context, and how many do not."""
+    limit = context(loaded.model)
+    texts, skipped = {}, {}
+    for data in sets:
+        found = [_text(loaded, row) for row in data.rows]
+        texts[data.name] = [text for text in found if 0 < len(text) <= limit]
+        skipped[data.name] = len(found) - len(texts[data.name])
+    if not any(texts.values()):
+        rows = sum(skipped.values())
+        raise ValueError(f"none of the {rows} rows fits into the model's context of {limit} tokens")
+    return texts, skipped
+
+
 def _text(loaded: Loaded, row: Mapping[str, Any]) -> list[int]:
     """Token ids of a row's prompt and its given answer; test rows may have a bare answer only."""
     if "messages" in row:
-        raise ValueError("rows of chat messages cannot be inspected yet: give rows with a prompt or an instruction")
+        raise ValueError("rows of chat messages cannot be inspected: give rows with a prompt or an instruction")
     parts = example_of({**row, "output": row["output"] or row["answer"]}, loaded.template)
     return loaded.tokenizer(parts["prompt"] + parts["completion"])["input_ids"]
 
@@ -170,14 +175,10 @@ def _bare(model: Any, adapter: str) -> list[int]:
 def _notes(model: Any, adapter: str, config: MoAConfig, facts: Facts) -> list[str]:
     notes = []
     if config.router is None:
-        notes.append(
-            "This adapter has no router over its experts: every expert is always fully on."
-            + ("" if facts else " There are no gates to show, only how alike the experts are.")
-        )
+        rest = "Only the copies inside them are routed." if facts else "There are no gates to show."
+        notes.append(f"This adapter has no router over its experts: every expert is always fully on. {rest}")
     layers = [layer for mixture in mixtures_of(model) for layer in experts_of(mixture, adapter)]
     rescaling = sorted({layer.site for layer in layers if isinstance(layer, Ia3Layer)})
     if rescaling:
-        notes.append(
-            f"{', '.join(rescaling)}: they rescale and put out nothing of their own, so they are not compared."
-        )
+        notes.append(f"{', '.join(rescaling)}: rescaling puts out nothing of its own, so they are not compared.")
     return notes

@@ -116,12 +116,11 @@ def _compared(mixture: Mixture, adapter: str, text: Tensor, found: list[Similari
 
 
 def _comparisons(block: int, outputs: dict[str, Output], text: Tensor) -> list[Similarity]:
-    keep = text.to(next(iter(outputs.values())).whole.device) if outputs else text
-    wholes = {site: output.whole[keep] for site, output in outputs.items()}
+    wholes = {site: output.whole.cpu()[text] for site, output in outputs.items()}
     compared = [_comparison(block, None, wholes, cosine=False)]
     for site, output in outputs.items():
         if output.copies is not None:
-            copies = {f"{site}/{number}": values[keep] for number, values in enumerate(output.copies)}
+            copies = {f"{site}/{number}": values[text] for number, values in enumerate(output.copies.cpu())}
             compared.append(_comparison(block, site, copies, cosine=True))
     return [entry for entry in compared if len(entry.names) > 1]
 

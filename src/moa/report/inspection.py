@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.evaluation.results import write
+from moa.inspection.collect import all_columns
 from moa.inspection.results import Example, Inspection, RouterStatistics, SetStatistics, Similarity, Strongest
 from moa.inspection.statistics import SOFT_LEVEL
 from moa.inspection.summary import mean_over_blocks, summary
@@ -42,19 +43,20 @@ def write_report(path: str | Path, inspections: Sequence[Inspection]) -> tuple[P
         Both files.
     """
     numbers = Path(path).with_suffix(".json")
+    short = [summary(found) for found in inspections]
+    lines = [(label, [_text(getattr(entry, key)) for entry in short]) for key, label in SUMMARY.items()]
     body = render(
         "inspection.html",
-        summaries=[
-            (label, [_text(getattr(summary(found), key)) for found in inspections]) for key, label in SUMMARY.items()
-        ],
+        summaries=[(label, values) for label, values in lines if set(values) != {NOTHING}],
         pages=[_page(f"a{place}", found) for place, found in enumerate(inspections, start=1)],
-        dead_level=f"{DEAD:.0%}",
+        dead_level=f"{100 * DEAD:g} %",
         soft_level=SOFT_LEVEL,
     )
-    write(
-        numbers,
-        {"inspections": [dataclasses.asdict(f) | {"summary": dataclasses.asdict(summary(f))} for f in inspections]},
-    )
+    entries = [
+        dataclasses.asdict(found) | {"summary": dataclasses.asdict(entry)}
+        for found, entry in zip(inspections, short, strict=True)
+    ]
+    write(numbers, {"inspections": entries})
     return write_page(path, "How the experts are used", body), numbers
 
 
@@ -86,7 +88,7 @@ def _tables(found: SetStatistics, blocks: int, sites: Sequence[str | None]) -> l
     tables = []
     for site in sites:
         routers = {router.block: router for router in found.routers if router.site == site}
-        columns = list(dict.fromkeys(name for router in routers.values() for name in router.columns))
+        columns = all_columns(router.columns for router in routers.values())
         if not columns:
             continue
         highest = max(max(router.mean) for router in routers.values())
@@ -103,7 +105,7 @@ def _row(
 ) -> dict[str, Any]:
     if router is None:
         title = f"block {block} has no {'experts under a router' if site is None else f'copies of {site}'}"
-        empty = [{"text": NOTHING, "style": shade(0), "title": title} for _ in columns]
+        empty = [{"text": NOTHING, "style": shade(0), "title": title, "dead": False} for _ in columns]
         return {"block": block, "gates": empty, "used": empty, "facts": [NOTHING] * 3}
     places = [router.columns.index(name) if name in router.columns else None for name in columns]
     gates = [_cell(router, at, name, "mean", highest) for at, name in zip(places, columns, strict=True)]
@@ -119,7 +121,8 @@ def _row(
 
 def _cell(router: RouterStatistics, at: int | None, name: str, what: str, highest: float) -> dict[str, Any]:
     if at is None:
-        return {"text": NOTHING, "style": shade(0), "title": f"block {router.block} has no {name}"}
+        title = f"block {router.block} has no {name}"
+        return {"text": NOTHING, "style": shade(0), "title": title, "dead": False}
     value = getattr(router, what)[at]
     title = (
         f"block {router.block}, {name}: mean gate {router.mean[at]:.3f}, used on {router.used[at]:.1%}, "

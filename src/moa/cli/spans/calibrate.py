@@ -15,7 +15,7 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
     """
     settings = begin(recipe, context.args, remove=lambda r: [r.items_file, r.held_out_file] if overwrite else [])
     model, tokenizer = load_model(settings)
-    from moa.spans.calibration import calibrate as answer
+    from moa.spans.evidence.calibration import calibrate as answer
 
     lengths = dict.fromkeys(sorted(settings.lengths), False)
     wanted = {"calibration": (lengths, settings.items, settings.items_file)}

@@ -18,8 +18,8 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
         context.args,
         remove=lambda r: [r.influence_file(length) for length in r.lengths] if overwrite else [],
     )
-    from moa.spans.calibration import load_items
-    from moa.spans.influence import influence
+    from moa.spans.evidence.calibration import load_items
+    from moa.spans.evidence.influence import influence
 
     items = {length: load_items(settings.items_file, length) for length in sorted(settings.lengths)}
     model, _ = load_model(settings)

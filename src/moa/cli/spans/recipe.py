@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from moa.adapters.choices import nearest
-from moa.spans.influence import KINDS
-from moa.spans.search import Limits
-from moa.spans.sources import Source
+from moa.spans.evidence.influence import KINDS
+from moa.spans.evidence.sources import Source
+from moa.spans.search.plans import Limits
 from moa.training.knobs import Range, check, knob, knobs, numbers, parse
 
 FOLDER = Path(str(files("moa.recipes"))) / "spans"
@@ -59,7 +59,7 @@ class SpanRecipe:
     validate_items: int = knob(20, "held-out items of the longer length", within=Range(1))
     max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
 
-    influence: str = knob("absolute", "what a dropped entry costs", choices=KINDS)
+    influence: str = knob("signed", "what a dropped entry costs", choices=KINDS)
     density: float = knob(0.5, "greatest mean share of the dense KV cache", within=Range(0, 1, open_low=True))
     floor: float = knob(0.9, "least mean density, as a share of density", within=Range(0, 1))
     rules_per_layer: int = knob(2, "most distinct rules in a layer", within=Range(1, 3))

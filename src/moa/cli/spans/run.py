@@ -27,8 +27,8 @@ def run(
     """
     import torch
 
-    from moa.spans.application import apply_spans
     from moa.spans.plan import SpanPlan
+    from moa.spans.runtime.application import apply_spans
 
     settings = begin(recipe, context.args)
     file = plan or settings.plan_file
@@ -68,8 +68,8 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:
     """Say what the cache holds, counted on its tensors, and what a dense one would after as many tokens."""
-    from moa.spans.cache import cache_bytes
     from moa.spans.plan import SpanPlan
+    from moa.spans.runtime.cache import cache_bytes
     from moa.spans.shape import ModelShape
 
     shape = ModelShape.of(model)

@@ -19,8 +19,8 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
     from transformers import AutoConfig
 
     from moa.assets import EMBEDDED, base_path
-    from moa.spans.influence import Influence
-    from moa.spans.search import search as find
+    from moa.spans.evidence.influence import Influence
+    from moa.spans.search.plans import search as find
     from moa.spans.shape import ModelShape
 
     measured = {length: Influence.load(settings.influence_file(length)) for length in sorted(settings.lengths)}

@@ -16,9 +16,9 @@ def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fals
     """
     settings = begin(recipe, context.args, remove=lambda r: [r.validation_file] if overwrite else [])
     from moa.report.spans import write_report
-    from moa.spans.calibration import load_items
+    from moa.spans.evidence.calibration import load_items
+    from moa.spans.evidence.validation import validate as compare
     from moa.spans.plan import SpanPlan
-    from moa.spans.validation import validate as compare
 
     files = sorted(settings.plans.glob("plan-*.json"))
     if not files:

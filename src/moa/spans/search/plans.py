@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from moa.spans.grid import rules
 from moa.spans.journal import Journal
-from moa.spans.pareto import Point, Solver, sweep
 from moa.spans.plan import SpanPlan
-from moa.spans.pricing import Pricing
-from moa.spans.program import Program, native, program
 from moa.spans.rule import Rule
-from moa.spans.solution import Goal, Solution
-from moa.spans.whole import solve_whole
+from moa.spans.search.grid import rules
+from moa.spans.search.pareto import Point, Solver, sweep
+from moa.spans.search.pricing import Pricing
+from moa.spans.search.program import Program, native, program
+from moa.spans.search.solution import Goal, Solution
+from moa.spans.search.whole import solve_whole
 
 WHOLE = 4000  # binaries that HiGHS solves as they are
 FULL = Rule(0.0, 1.0)

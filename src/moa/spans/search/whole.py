@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, hstack, identity, kron
 
-from moa.spans.program import Program
-from moa.spans.solution import Goal, Solution, coupling
+from moa.spans.search.program import Program
+from moa.spans.search.solution import Goal, Solution, coupling
 
 INFEASIBLE = 2
 

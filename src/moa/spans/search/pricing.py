@@ -17,9 +17,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array
 
-from moa.spans.program import Array, Choice, Program
-from moa.spans.solution import Goal, Solution, coupling
-from moa.spans.whole import solve_whole
+from moa.spans.search.program import Array, Choice, Program
+from moa.spans.search.solution import Goal, Solution, coupling
+from moa.spans.search.whole import solve_whole
 
 ROUNDS = 100
 PICKED = 30  # columns of a layer that the integer program chooses from

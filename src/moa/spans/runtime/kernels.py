@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from moa.spans.columns import Kernel
+from moa.spans.runtime.columns import Kernel
 
 HOSTS = ("sdpa", "eager")
 

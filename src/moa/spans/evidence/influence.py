@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moa.spans.items import Item, identity, response_loss
-from moa.spans.probe import BlockSums, probing
+from moa.spans.evidence.items import Item, identity, response_loss
+from moa.spans.evidence.probe import BlockSums, probing
 
 KINDS = ("absolute", "signed")
 
@@ -47,7 +47,7 @@ class Influence:
     items: int = 0
     loss: float = 0.0
 
-    def mean(self, kind: str = "absolute") -> Tensor:
+    def mean(self, kind: str = "signed") -> Tensor:
         """Mean over items, (layers, KV heads, blocks, blocks) float32.
 
         Raises:

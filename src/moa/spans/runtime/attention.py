@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from moa.spans import columns, masks
-from moa.spans.cache import Owner, SpanLayer
-from moa.spans.columns import Kernel
-from moa.spans.heads import groups, heads_of
-from moa.spans.kernels import host_function, kernel
 from moa.spans.layout import Sight, positions
+from moa.spans.runtime import columns, masks
+from moa.spans.runtime.cache import Owner, SpanLayer
+from moa.spans.runtime.columns import Kernel
+from moa.spans.runtime.heads import groups, heads_of
+from moa.spans.runtime.kernels import host_function, kernel
 
 PREFIX = "spans|"
 

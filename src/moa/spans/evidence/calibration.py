@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from moa.spans.items import Item, identity
+from moa.spans.evidence.items import Item, identity
+from moa.spans.evidence.sources import Passage, Source
 from moa.spans.journal import Journal, read_lines
-from moa.spans.sources import Passage, Source
 
 SHORTEST = 0.5  # of a length; shorter prompts say little about it
 

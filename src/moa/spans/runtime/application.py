@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from moa.spans import attention
-from moa.spans.cache import SpanLayer, fit
-from moa.spans.kernels import HOSTS, host_function
 from moa.spans.layout import Sight
 from moa.spans.plan import SpanPlan
-from moa.spans.schedule import Spans
+from moa.spans.runtime import attention
+from moa.spans.runtime.cache import SpanLayer, fit
+from moa.spans.runtime.kernels import HOSTS, host_function
+from moa.spans.runtime.schedule import Spans
 
 PREPARE = "_prepare_cache_for_generation"
 
@@ -37,7 +37,7 @@ def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0) -> Applied
         model: a transformers model, or a PEFT model around one.
         plan: for its layers and heads.
         length: tokens the texts will reach, if known; else ``generate`` says it (to its cache, so not with
-            ``use_cache=False``), or the text itself does. `moa.spans.schedule` has the rule.
+            ``use_cache=False``), or the text itself does. `moa.spans.runtime.schedule` has the rule.
 
     Raises:
         ValueError: the plan does not fit the model, a plan is applied already, or the model cannot work under one.

@@ -1,7 +1,7 @@
 """The cache layer of a span plan: a ring per group of KV heads with the same span, whose bytes are the plan's.
 
 A layer whose heads are all dense keeps a plain buffer that grows, in the text's own columns, so that its attention is
-the host's, bit for bit. Every other layer hands out the new keys only; `moa.spans.attention` reads the rings.
+the host's, bit for bit. Every other layer hands out the new keys only; `moa.spans.runtime.attention` reads the rings.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from moa.spans.heads import groups, heads_of, views_of
 from moa.spans.layout import Sight, positions
-from moa.spans.ring import Count, Ring
-from moa.spans.schedule import Schedule, Spans
+from moa.spans.runtime.heads import groups, heads_of, views_of
+from moa.spans.runtime.ring import Count, Ring
+from moa.spans.runtime.schedule import Schedule, Spans
 
 
 class Owner(Protocol):

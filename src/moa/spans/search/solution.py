@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moa.spans.program import Array, Choice, Program
+from moa.spans.search.program import Array, Choice, Program
 
 
 @dataclass(frozen=True)

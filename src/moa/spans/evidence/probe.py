@@ -105,7 +105,7 @@ def probe_attention(
     sums = _sums.get()
     if sums is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"influence is measured on one whole text at a time by `moa.spans.influence`, "
+            f"influence is measured on one whole text at a time by `moa.spans.evidence.influence`, "
             f"not on queries {tuple(query.shape)} over keys {tuple(key.shape)}"
         )
     weights = _weights(query, attention_mask, options)

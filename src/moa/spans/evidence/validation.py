@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from moa.spans.application import apply_spans
-from moa.spans.items import Item, identity, response_loss
+from moa.spans.evidence.items import Item, identity, response_loss
 from moa.spans.journal import Journal
 from moa.spans.plan import SpanPlan
+from moa.spans.runtime.application import apply_spans
 
 NAMES = {0: "dense", 1: "uniform"}  # what is measured before the candidates
 

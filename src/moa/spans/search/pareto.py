@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moa.spans.program import Array, Choice, Program
-from moa.spans.solution import Goal, Solution
+from moa.spans.search.program import Array, Choice, Program
+from moa.spans.search.solution import Goal, Solution
 
 Solver = Callable[[Goal], Solution | None]
 
