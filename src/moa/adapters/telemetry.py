@@ -19,6 +19,9 @@ from moa.adapters.gating import Gates
 from moa.adapters.placement import column_position
 from moa.adapters.routers import RouterLayer
 
+DEAD = 0.01
+"""An expert counts as dead in a block if it is active on fewer tokens than this share, or its mean gate is lower."""
+
 
 class GateRecord:
     """What one or more forwards decided.

@@ -29,7 +29,7 @@ class RouterStatistics:
             for a single column.
         silent: share of tokens on which every gate is 0.
         threshold: mean and standard deviation over tokens; None for rules without a threshold.
-        dead: names of columns that are active on, or have a mean gate of, less than `moa.studies.routing.DEAD`.
+        dead: names of columns that are active on, or have a mean gate of, less than `moa.adapters.telemetry.DEAD`.
     """
 
     block: int

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moa.adapters.gating import Gating, Softmax
+from moa.adapters.telemetry import DEAD
 from moa.inspection.collect import Decisions, Place, RouterFacts
 from moa.inspection.results import RouterStatistics
-from moa.studies.routing import DEAD
 
 SOFT_LEVEL = 0.1
 """A gate that is never 0 counts as used above this level."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moa.adapters.telemetry import DEAD
 from moa.evaluation.results import write
 from moa.inspection.collect import all_columns
 from moa.inspection.results import Example, Inspection, RouterStatistics, SetStatistics, Similarity, Strongest
 from moa.inspection.statistics import SOFT_LEVEL
 from moa.inspection.summary import mean_over_blocks, summary
 from moa.report.page import render, shade, write_page
-from moa.studies.routing import DEAD
 
 COLOURS = 8
 """Experts have one of so many colours; their names stand beside, so that a ninth may share the first one's."""

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.adapters.block import Mixture
-from moa.adapters.telemetry import gate_values
-
-DEAD = 0.01
-"""An expert counts as dead in a block if it is active on fewer tokens than this share, or its mean gate is lower."""
+from moa.adapters.telemetry import DEAD, gate_values
 
 
 def routing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
