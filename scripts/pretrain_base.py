@@ -29,6 +29,7 @@ import numpy as np
 import pretrain_corpus as exercises
 import torch
 import torch.distributed as dist
+from muon import optimizers, schedule
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -164,70 +165,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz steps, for matrices (Jordan et al. 2024).
-
-    `torch.optim.Muon` iterates in bfloat16, which a CPU without bfloat16 units only emulates; this one
-    stays in float32, and the processes share the matrices among them.
-    """
-
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update every matrix, grouped by shape so that the products are batched."""
-        for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(tuple(p.shape), []).append(p)
-            for params in shapes.values():
-                moved = torch.stack([self._momentum(p, group["momentum"]) for p in params])
-                mine = slice(dist.get_rank(), None, dist.get_world_size())
-                updates = torch.zeros_like(moved)
-                updates[mine] = orthogonal(moved[mine])
-                dist.all_reduce(updates)
-                scale = max(1.0, moved.shape[1] / moved.shape[2]) ** 0.5
-                for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * 0.1).add_(update, alpha=-group["lr"] * scale)
-
-    def _momentum(self, p: torch.nn.Parameter, momentum: float) -> torch.Tensor:
-        state = self.state[p]
-        buffer = state.setdefault("momentum", torch.zeros_like(p))
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
-
-
-def orthogonal(m: torch.Tensor) -> torch.Tensor:
-    """The nearest matrices `(n, rows, columns)` with singular values near one, in five steps."""
-    wide = m.shape[1] <= m.shape[2]
-    x = m if wide else m.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.mT
-
-
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms."""
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
-    return [
-        Muon(matrices, lr=PEAK_LR["muon"]),
-        torch.optim.AdamW(others, lr=PEAK_LR["adamw"], betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
-
-
-def schedule(progress: float) -> float:
-    """Factor of the peak learning rate at a progress in [0, 1]: warm up, hold, then fall to zero."""
-    if progress < WARMUP:
-        return progress / WARMUP + 1e-3
-    hold = 0.4
-    return 1.0 if progress < hold else max(0.0, (1 - progress) / (1 - hold))
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, data: Mixture) -> dict[str, float]:
     """Held-out loss in nats per token, by component."""
@@ -264,7 +201,7 @@ class Run:
         novels = load_novels(args.corpus, args.work, self.tokenizer)
         self.data = Mixture(self.tokenizer, novels, args.seed)
         self.model = new_model(self.tokenizer)
-        self.optims = optimizers(self.model)
+        self.optims = optimizers(self.model, PEAK_LR, 0.1)
         self.peaks = [o.param_groups[0]["lr"] for o in self.optims]
         self.forward = torch.compile(self.model)
         self.checkpoint = args.work / "checkpoint.pt"
@@ -297,7 +234,7 @@ class Run:
     def update(self, progress: float) -> float:
         """One optimiser step on this process's share of the batch; the share's loss."""
         for o, peak in zip(self.optims, self.peaks, strict=True):
-            o.param_groups[0]["lr"] = peak * schedule(progress)
+            o.param_groups[0]["lr"] = peak * schedule(progress, WARMUP, 0.4)
         ids = self.data.batch(self.step)[dist.get_rank() :: dist.get_world_size()]
         loss = self.forward(input_ids=ids, labels=ids).loss
         loss.backward()

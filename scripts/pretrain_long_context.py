@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from long_context_data import MIXTURE, Rows, build_tokenizer
 from long_context_init import draft_circuits
+from muon import optimizers, schedule
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,60 +89,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz steps, for matrices (Jordan et al. 2024), in float32."""
-
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update every matrix, grouped by shape so that the products are batched."""
-        for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(tuple(p.shape), []).append(p)
-            for params in shapes.values():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
-                scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-                for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * DECAY).add_(update, alpha=-group["lr"] * scale)
-
-    def _momentum(self, p: torch.nn.Parameter, momentum: float) -> Tensor:
-        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
-
-
-def orthogonal(m: Tensor) -> Tensor:
-    """The nearest matrices `(n, rows, columns)` with singular values near one, in five steps."""
-    wide = m.shape[1] <= m.shape[2]
-    x = m if wide else m.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.mT
-
-
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms."""
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
-    return [
-        Muon(matrices, lr=PEAK_LR["muon"]),
-        torch.optim.AdamW(others, lr=PEAK_LR["adamw"], betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
-
-
-def schedule(progress: float) -> float:
-    """Factor of the peak learning rate at a progress in [0, 1]: warm up, hold, then fall to zero."""
-    if progress < WARMUP:
-        return progress / WARMUP + 1e-3
-    return 1.0 if progress < HOLD else max(0.0, (1 - progress) / (1 - HOLD))
-
-
 def length_at(progress: float) -> int:
     """Tokens per row at a progress in [0, 1]."""
     for length, share in CURRICULUM:
@@ -172,7 +119,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = new_model(self.tokenizer)
         draft_circuits(self.model, args.seed)
-        self.optims = optimizers(self.model)
+        self.optims = optimizers(self.model, PEAK_LR, DECAY)
         self.peaks = [o.param_groups[0]["lr"] for o in self.optims]
         self.checkpoint = args.work / "checkpoint.pt"
         self.step, self.tokens, self.spent = 0, 0, 0.0
@@ -217,7 +164,7 @@ class Run:
         """One optimiser step; its loss."""
         progress = self.progress()
         for o, peak in zip(self.optims, self.peaks, strict=True):
-            o.param_groups[0]["lr"] = peak * schedule(progress)
+            o.param_groups[0]["lr"] = peak * schedule(progress, WARMUP, HOLD)
         length = length_at(progress)
         rows = max(2, STEP_TOKENS // length)
         ids, weights = self.rows.batch(self.step, rows, length)
