@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="for perplexity; default: the organism's held-out text")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.5, 0.25], help="none: dense only")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--profiled", type=int, nargs="+", default=[512, 1024], help="lengths of the influence")
+    parser.add_argument("--profiled", type=int, nargs="+", default=[512, 1024, 2048], help="lengths of the influence")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--items", type=int, default=8, help="calibration prompts per task and length")
     parser.add_argument("--prompts", type=int, default=50, help="test prompts per task and length")
