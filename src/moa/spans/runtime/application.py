@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, __version__
+from transformers.cache_utils import CacheLayerMixin
 
 from moa.spans.layout import Sight
 from moa.spans.plan import SpanPlan
@@ -41,6 +42,7 @@ def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0) -> Applied
 
     Raises:
         ValueError: the plan does not fit the model, a plan is applied already, or the model cannot work under one.
+        RuntimeError: this transformers is too old.
 
     Examples:
         >>> with moa.apply_spans(model, plan):  # doctest: +SKIP
@@ -59,6 +61,8 @@ class AppliedSpans:
     """
 
     def __init__(self, model: nn.Module, plan: SpanPlan, length: int = 0) -> None:
+        if not hasattr(CacheLayerMixin, "get_max_length"):
+            raise RuntimeError(f"attention spans need newer caches than transformers {__version__} has; 5.23 is tested")
         if length < 0:
             raise ValueError(f"length={length} must be the tokens a text reaches, or 0 if that is unknown")
         self.model = _host_model(model)
