@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from moa.data import example_of, prompt_of
 from moa.evaluation.accuracy import Result, evaluate, wilson
 from moa.evaluation.generation import generate
-from moa.evaluation.loss import answer_loss
+from moa.evaluation.loss import answer_loss, answer_losses
 from moa.evaluation.results import as_json, family_means, write
 from moa.evaluation.sets import evaluate_sets, load_all, load_sets
 
@@ -127,6 +127,9 @@ def test_answer_loss_is_the_mean_over_answer_tokens(lively: Any, tiny_tokenizer:
     for size in (1, 4):
         loss = answer_loss(lively, tiny_tokenizer, ROWS, template="short", batch_size=size)
         assert loss == pytest.approx(total / count, rel=1e-5)
+    each = [answer_loss(lively, tiny_tokenizer, [row], template="short") for row in ROWS]
+    together = answer_losses(lively, tiny_tokenizer, ROWS, template="short", batch_size=3)
+    assert [loss / tokens for loss, tokens in together] == pytest.approx(each, rel=1e-5)
     with pytest.raises(ValueError, match="context is 512"):
         answer_loss(lively, tiny_tokenizer, [ROWS[0] | {"output": "x" * 600}], template="short")
 

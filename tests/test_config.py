@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from families import build_family
 from peft import get_peft_model
 
 import moa
 from moa import LoraExpert, MoAConfig, ParallelExpert, PromptExpert, Router, Threshold
 from moa.adapters.presets import PRESETS
+from moa.adapters.telemetry import gate_values
 
 BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"experts": []}, "nothing to train"),
@@ -117,6 +119,21 @@ def test_an_unknown_family_needs_an_architecture_and_works_with_one() -> None:
 def test_blocks_that_cannot_be_found_are_an_error() -> None:
     with pytest.raises(ValueError, match="no ModuleList fits"):
         get_peft_model(build_family("llama"), moa.preset("lora", architecture={"blocks": "decoder"}))
+
+
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_gates_start_where_initial_logit_says(hidden: int) -> None:
+    def gates(**settings: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        router = Router(hidden, **settings)
+        model = get_peft_model(build_family("llama"), MoAConfig(experts=[LoraExpert(["q", "v"])], router=router))
+        with gate_values(model) as record:
+            model(torch.tensor([[1, 2, 3]]))
+        return record.gates[0]
+
+    torch.testing.assert_close(gates(initial_logit=2.0).logit(), gates().logit() + 2)
+    with pytest.raises(ValueError, match="initial_logit=1 needs bias=True"):
+        Router(bias=False, initial_logit=1)
 
 
 def test_router_width_follows_the_number_of_gates() -> None:

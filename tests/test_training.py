@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTTrainer
 
 from moa.adapters import auxiliary
 from moa.training import sft
@@ -122,6 +123,29 @@ def test_only_answers_are_learned(recipe, tiny_rows, monkeypatch):
             learned = tokenizer.decode(labels[labels != -100])
             assert learned in answers
             assert text.endswith("### Response:" + learned)
+
+
+def test_the_loss_from_answers_alone_is_the_loss_of_trl(recipe, monkeypatch):
+    pairs = []
+    ours = Trainer.compute_loss
+
+    def both(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = []
+        for compute in (SFTTrainer.compute_loss, ours):
+            loss = compute(self, model, dict(inputs), False, num_items_in_batch)
+            found.append([loss, *torch.autograd.grad(loss, trained, retain_graph=True)])
+        pairs.append(found)
+        return found[-1][0]
+
+    monkeypatch.setattr(Trainer, "compute_loss", both)
+    recipe.adapter["dropout"] = 0.0
+    recipe.max_steps = 3
+    sft.train(recipe)
+    assert len(pairs) == 3 * recipe.gradient_accumulation_steps
+    for theirs, mine in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert any(gradient.abs().max() > 1e-4 for gradient in pairs[-1][0][1:])
 
 
 def test_auxiliary_losses_are_scaled_by_accumulation(recipe, monkeypatch):

@@ -32,17 +32,23 @@ class Router:
             whole sequence, padding and future included, frozen while decoding. For reproducing its numbers only.
         input: ``block``: the block's raw input (paper, official native path); ``attention``: what the attention
             module reads, after the norm if the family normalises first (official transformers path).
+        initial_logit: added to every output's bias at the start; with sigmoid gates, 0 lets experts start at about half
+            their strength, 2 at 0.88.
     """
 
     hidden_per_expert: int = 4
     bias: bool = True
     level: str = "token"
     input: str = "block"
+    initial_logit: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("router: hidden_per_expert", self.hidden_per_expert, low=0)
         check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
         check_choice("router: input", self.input, ["block", "attention"])
+        check_range("router: initial_logit", self.initial_logit, low=-10, high=10)
+        if self.initial_logit and not self.bias:
+            raise ValueError(f"router: initial_logit={self.initial_logit} needs bias=True, it is where the bias starts")
 
 
 class RouterLayer(Attached):
@@ -61,7 +67,9 @@ class RouterLayer(Attached):
         self.gating: dict[str, Gating] = {}
 
     def add_router(self, adapter: str, router: Router, gating: Gating, n_outputs: int) -> None:
-        """Create the weights for ``adapter``: linear layers' default initialisation, biases of a SwiGLU zero."""
+        """Create the weights for ``adapter``: linear layers' default initialisation, biases of a SwiGLU zero, and
+        ``initial_logit`` on top.
+        """
         self.gating[adapter] = gating
         hidden = router.hidden_per_expert * n_outputs
         if hidden:
@@ -71,6 +79,9 @@ class RouterLayer(Attached):
         if hidden and router.bias:
             for layer in (self.moa_w1, self.moa_w2, self.moa_w3):
                 nn.init.zeros_(layer[adapter].bias)
+        if router.initial_logit:
+            with torch.no_grad():
+                self.moa_w2[adapter].bias.add_(router.initial_logit)
         if gating.learns_threshold:
             self.moa_threshold[adapter] = nn.Linear(self.in_features, 1)
 

@@ -21,6 +21,18 @@ def answer_loss(
     Raises:
         ValueError: no rows, or a row longer than the model's context.
     """
+    losses, counts = zip(*answer_losses(model, tokenizer, rows, template=template, batch_size=batch_size), strict=True)
+    return sum(losses) / sum(counts)
+
+
+def answer_losses(
+    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, template: str = "alpaca", batch_size: int = 16
+) -> list[tuple[float, int]]:
+    """Of every row, the summed cross-entropy of its output and end-of-text token in nats, and the number of tokens.
+
+    Raises:
+        ValueError: no rows, or a row longer than the model's context.
+    """
     if not rows:
         raise ValueError("nothing to evaluate: the data set has no rows")
     examples = [example_of(row, template) for row in rows]
@@ -30,15 +42,15 @@ def answer_loss(
     longest = max(map(len, whole))
     if longest > context(model):
         raise ValueError(f"a row has {longest} tokens, but the model's context is {context(model)}")
-    total, count = 0.0, 0
+    found: dict[int, tuple[float, int]] = {}
     for places in batches(range(len(rows)), whole, batch_size):
-        loss, tokens = _batch_loss(model, [whole[p] for p in places], [len(prompts[p]) for p in places])
-        total, count = total + loss, count + tokens
-    return total / count
+        losses = _batch_losses(model, [whole[p] for p in places], [len(prompts[p]) for p in places])
+        found |= zip(places, losses, strict=True)
+    return [found[place] for place in range(len(rows))]
 
 
 @torch.inference_mode()
-def _batch_loss(model: Any, rows: list[list[int]], starts: list[int]) -> tuple[float, int]:
+def _batch_losses(model: Any, rows: list[list[int]], starts: list[int]) -> list[tuple[float, int]]:
     tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     labels = tokens.masked_fill(mask == 0, -100)
@@ -50,6 +62,7 @@ def _batch_loss(model: Any, rows: list[list[int]], starts: list[int]) -> tuple[f
         logits = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits
     finally:
         model.train(was_training)
-    wanted = labels[:, 1:].flatten().to(logits.device)
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum")
-    return float(loss), int((wanted != -100).sum())
+    wanted = labels[:, 1:].to(logits.device)
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, reduction="none").sum(-1)
+    counts = (wanted != -100).sum(-1)
+    return list(zip(losses.tolist(), counts.tolist(), strict=True))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from moa.data import prompt_of
 from moa.evaluation.accuracy import evaluate
-from moa.evaluation.loss import answer_loss
+from moa.evaluation.loss import answer_loss, answer_losses
 from moa.evaluation.results import PACKAGES
 from moa.evaluation.sets import EvaluationSet
 from moa.studies.meters import peak_memory, step_times
@@ -102,12 +102,12 @@ def _measure_set(job: Job, model: Any, tokenizer: Any, data: EvaluationSet) -> d
             template=template,
             kind=data.kind,
             max_new_tokens=data.max_new_tokens,
-            batch_size=job.recipe.batch_size,
+            batch_size=2 * job.recipe.batch_size,  # reading takes less memory than training
         )
         found["accuracy"] = [int(item.correct) for item in outcome.items]
     if "answer_loss" in job.metrics:  # row by row: statistics are paired by item
-        losses = [answer_loss(model, tokenizer, [row], template=template, batch_size=1) for row in data.rows]
-        found["answer_loss"] = [round(loss, 6) for loss in losses]
+        losses = answer_losses(model, tokenizer, data.rows, template=template, batch_size=job.recipe.batch_size)
+        found["answer_loss"] = [round(loss / tokens, 6) for loss, tokens in losses]
     return found
 
 
