@@ -114,6 +114,13 @@ def test_no_rows_is_an_error(lively: Any, tiny_tokenizer: Any):
         answer_loss(lively, tiny_tokenizer, [], template="short")
 
 
+def test_chat_messages_are_refused_when_they_are_loaded(tmp_path: Path):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    with pytest.raises(ValueError, match="chat messages cannot be evaluated"):
+        load_sets(str(tmp_path / "chat.jsonl"))
+
+
 def test_answer_loss_is_the_mean_over_answer_tokens(lively: Any, tiny_tokenizer: Any):
     total, count = 0.0, 0
     for row in ROWS:

@@ -122,6 +122,7 @@ def test_committed_studies_are_valid(name):
         ({"claims": 3}, "claims must be a list"),
         ({"claims": [{"better": "lora", "than": ["nested"], "budgets": [5]}]}, "claims: budgets names 5"),
         ({"claims": [{"beter": "lora"}]}, "did you mean 'better'"),
+        ({"claims": [{"better": "lora", "than": ["nested"], "metric": "loss"}]}, "claims: metric='loss'"),
         ({"training": {"learning_rate": 1}}, "'learning_rate'; a study sets it"),
         ({"training": {"schedul": "linear"}}, "did you mean 'schedule'"),
         ({"training": {"weight_decay": 2}}, "weight_decay=2.*outside"),
@@ -384,6 +385,15 @@ def test_the_page_states_the_verdict_whichever_way_it_falls(tree, tmp_path, adva
     assert (routing["names"], routing["experts"], routing["blocks"][1]["dead"]) == (["q", "prompt"], 3, ["q"])
     write_results(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["claims"][0]["outcome"] == outcome
+
+
+def test_a_claim_may_name_the_metric_that_decides_it(tree):
+    tree["claims"].append(tree["claims"][0] | {"metric": "answer_loss"})
+    planned = plan(Study.from_tree(tree | {"seeds": list(range(8))}))
+    fabricate(planned, 0.5)
+    by_accuracy, by_loss = gather(planned)["claims"]
+    assert (by_accuracy["outcome"], by_accuracy["unit"]) == ("holds", "points")
+    assert (by_loss["outcome"], by_loss["unit"]) == ("open", "nats")  # the fabricated losses are all alike
 
 
 def test_an_unfinished_study_says_so(planned, tmp_path):

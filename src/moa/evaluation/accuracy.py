@@ -91,6 +91,7 @@ def evaluate(
     """
     if not rows:
         raise ValueError("nothing to evaluate: the data set has no rows")
+    golds = [gold_of(row) for row in rows]
     prompts = [prompt_of(row, template) for row in rows]
     texts: list[str | None] = [None] * len(rows)
     for places, answers in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
@@ -98,13 +99,18 @@ def evaluate(
             texts[place] = answer
         if progress is not None:
             progress(len(places))
-    golds = [gold_of(row) for row in rows]
     kind = kind or kind_of(golds)
     return Result(kind, [_judge(kind, *item) for item in zip(prompts, golds, texts, strict=True)])
 
 
 def gold_of(row: Mapping[str, Any]) -> str:
-    """A row's gold answer; its whole output where the source has no answers."""
+    """A row's gold answer; its whole output where the source has no answers.
+
+    Raises:
+        ValueError: the row is a chat.
+    """
+    if "messages" in row:
+        raise ValueError("chat messages cannot be evaluated: give rows with instruction and output, or with prompt")
     return str(row.get("answer") or row["output"]).strip()
 
 

@@ -16,19 +16,21 @@ class Claim:
         than: names of its rivals.
         text: the claim in words, for the page.
         budgets: where it is to hold; at all budgets of the study if empty.
+        metric: what decides it; the study's first metric if empty.
     """
 
     better: str = ""
     than: list[str] = field(default_factory=list)
     text: str = ""
     budgets: list[int] = field(default_factory=list)
+    metric: str = ""
 
     def __post_init__(self) -> None:
         self.than = [self.than] if isinstance(self.than, str) else list(self.than or [])
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
-    def check(self, methods: list[str], budgets: list[int]) -> None:
-        """Raise ValueError unless the claim is about methods and budgets of the study."""
+    def check(self, methods: list[str], budgets: list[int], metrics: list[str]) -> None:
+        """Raise ValueError unless the claim is about methods, budgets and metrics of the study."""
         check_choice("claims: better", self.better, methods)
         if not self.than:
             raise ValueError(f"the claim about {self.better!r} names no rival in 'than'")
@@ -40,3 +42,5 @@ class Claim:
         for budget in self.budgets:
             if budget not in budgets:
                 raise ValueError(f"claims: budgets names {budget}, but the study has {budgets}")
+        if self.metric:
+            check_choice("claims: metric", self.metric, metrics)

@@ -12,10 +12,11 @@ import numpy as np
 from moa.evaluation.accuracy import wilson
 from moa.evaluation.results import write
 from moa.studies import cells as grid
+from moa.studies.claims import Claim
 from moa.studies.conduct import Plan, Result
 from moa.studies.statistics import Matrix, estimate
 from moa.studies.study import Study
-from moa.studies.verdicts import judge
+from moa.studies.verdicts import Scores, judge
 
 
 def gather(plan: Plan) -> dict[str, Any]:
@@ -39,16 +40,13 @@ def gather(plan: Plan) -> dict[str, Any]:
             missing += len(study.seeds) - len(results)
             if len(results) == len(study.seeds):
                 finished[method, budget] = results
-    metric = study.metrics[0]
-    scores = {
-        key: {name: matrix(results, name, metric) for name in results[0]["sets"]} for key, results in finished.items()
-    }
+    scores = {metric: _scores(finished, metric) for metric in study.metrics}
     rows = [_row(plan, *key, results, rates[key]) for key, results in finished.items()]
     return {
         "title": study.title,
         "note": study.note,
-        "metric": metric,
-        "claims": [judge(claim, metric, claim.budgets or study.budgets, scores) for claim in study.claims],
+        "metric": study.metrics[0],
+        "claims": [_judged(study, claim, scores) for claim in study.claims],
         "rows": rows,
         "at_chance": _at_chance(rows, finished),
         "missing_cells": missing,
@@ -57,6 +55,15 @@ def gather(plan: Plan) -> dict[str, Any]:
         "rows_digest": plan.rows.digest,
         "study": study.to_dict(),
     }
+
+
+def _scores(finished: Mapping[tuple[str, int], list[Result]], metric: str) -> Scores:
+    return {key: {name: matrix(cells, name, metric) for name in cells[0]["sets"]} for key, cells in finished.items()}
+
+
+def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    metric = claim.metric or study.metrics[0]
+    return judge(claim, metric, claim.budgets or study.budgets, scores[metric])
 
 
 def matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:

@@ -62,7 +62,7 @@ class Study:
         default_factory=list, metadata={"doc": "numbers of trained parameters at which the methods are compared"}
     )
     claims: list[Claim] = field(
-        default_factory=list, metadata={"doc": "what the study is to decide: better, than, and the claim in words"}
+        default_factory=list, metadata={"doc": "what the study is to decide: better, than, text, budgets, metric"}
     )
     title: str = knob("A comparison of fine-tuning methods", "of the page")
     note: str = knob("", "a paragraph for the page: what is compared and why")
@@ -78,7 +78,7 @@ class Study:
     tolerance: float = knob(0.01, "how far trained parameters may be off the budget", within=Range(0, 0.5))
     metrics: list[str] = field(
         default_factory=lambda: ["accuracy", "answer_loss"],
-        metadata={"doc": "what is measured; the first decides the claims"},
+        metadata={"doc": "what is measured; the first decides claims that name none"},
     )
     snapshots: int = knob(3, "points of training at which the routers are looked at", within=Range(1))
     tuning: Tuning = field(default_factory=Tuning)
@@ -94,7 +94,7 @@ class Study:
         for name, method in self.methods.items():
             method.check(name, self.budgets)
         for claim in self.claims:
-            claim.check(list(self.methods), self.budgets)
+            claim.check(list(self.methods), self.budgets, self.metrics)
             self._check_reach(claim)
         known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
         for key in self.training:
