@@ -7,8 +7,10 @@ import random
 
 import pytest
 import torch
+import transformers
 from planned import BLOCK, FAMILIES, KV_HEADS, LAYERS, SINK, by_definition, decoded, ids, logits, mixed_plan, tiny
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 
 from moa.spans import SpanPlan, apply_spans, cache_bytes
 
@@ -363,3 +365,9 @@ def test_refusals() -> None:
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention"):
         apply_spans(model, plan)
+
+
+def test_an_older_transformers_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(CacheLayerMixin, "get_max_length")
+    with pytest.raises(RuntimeError, match=f"than transformers {transformers.__version__} has"):
+        apply_spans(tiny(), mixed_plan())
