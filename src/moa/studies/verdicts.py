@@ -95,10 +95,11 @@ def verdict(found: Mapping[str, Any]) -> str:
     still = [e for e in compared if e["outcome"] == "open"]
     if losses:
         worst = min(losses, key=lambda entry: entry["difference"])
-        rest = f"It is better in {len(wins)}, and {len(still)} show no difference that can be told from chance."
+        rest = f" It is better in {len(wins)}, and {len(still)} show no difference that can be told from chance."
+        where = f"{len(losses)} of {_number(len(compared), 'comparison')}" if wins or still else _all(len(compared))
         return (
-            f"No. {better} is worse in {len(losses)} of {_number(len(compared), 'comparison')}; "
-            f"the largest gap is {_difference(worst, found)}. {rest}"
+            f"No. {better} is worse in {where}; "
+            f"the largest gap is {_difference(worst, found)}.{rest if wins or still else ''}"
         )
     if not wins:
         return f"Not shown. {better} cannot be told from its rivals in {_any(len(compared))}.{_range(still, found)}"
