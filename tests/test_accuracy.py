@@ -117,7 +117,7 @@ def test_no_rows_is_an_error(lively: Any, tiny_tokenizer: Any):
 def test_chat_messages_are_refused_when_they_are_loaded(tmp_path: Path):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
-    with pytest.raises(ValueError, match="chat messages cannot be evaluated"):
+    with pytest.raises(ValueError, match="chat messages cannot be evaluated or"):
         load_sets(str(tmp_path / "chat.jsonl"))
 
 

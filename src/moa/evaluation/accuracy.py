@@ -110,7 +110,9 @@ def gold_of(row: Mapping[str, Any]) -> str:
         ValueError: the row is a chat.
     """
     if "messages" in row:
-        raise ValueError("chat messages cannot be evaluated: give rows with instruction and output, or with prompt")
+        raise ValueError(
+            "chat messages cannot be evaluated or inspected: give rows with a prompt or an instruction, and an output"
+        )
     return str(row.get("answer") or row["output"]).strip()
 
 

@@ -101,8 +101,6 @@ def _texts(loaded: Loaded, sets: Sequence[EvaluationSet]) -> tuple[dict[str, lis
 
 def _text(loaded: Loaded, row: Mapping[str, Any]) -> list[int]:
     """Token ids of a row's prompt and its given answer; test rows may have a bare answer only."""
-    if "messages" in row:
-        raise ValueError("rows of chat messages cannot be inspected: give rows with a prompt or an instruction")
     parts = example_of({**row, "output": row["output"] or row["answer"]}, loaded.template)
     return loaded.tokenizer(parts["prompt"] + parts["completion"])["input_ids"]
 
