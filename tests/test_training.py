@@ -148,6 +148,21 @@ def test_the_loss_from_answers_alone_is_the_loss_of_trl(recipe, monkeypatch):
     assert any(gradient.abs().max() > 1e-4 for gradient in pairs[-1][0][1:])
 
 
+def test_a_batch_without_any_answer_has_loss_zero(recipe, monkeypatch):
+    losses = []
+    ours = Trainer.compute_loss
+
+    def silenced(self, model, inputs, *rest, **keys):
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+        losses.append(ours(self, model, inputs, num_items_in_batch=torch.tensor(0)))
+        return losses[-1]
+
+    monkeypatch.setattr(Trainer, "compute_loss", silenced)
+    recipe.max_steps = 1
+    sft.train(recipe)
+    assert [loss.item() for loss in losses] == [0.0] * recipe.gradient_accumulation_steps
+
+
 def test_auxiliary_losses_are_scaled_by_accumulation(recipe, monkeypatch):
     scales = []
     with_callback(monkeypatch, At(0, lambda: scales.append(auxiliary._scale)))

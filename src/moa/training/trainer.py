@@ -45,10 +45,10 @@ class Trainer(SFTTrainer):
             logits = model(**inputs, use_cache=False).logits
         finally:
             hook.remove()
-        right = (logits.detach().argmax(-1) == wanted).float().mean()
-        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(right.item())
-        number = len(wanted) if num_items_in_batch is None else num_items_in_batch
-        return cross_entropy(logits.float(), wanted, reduction="sum") / number
+        right = (logits.detach().argmax(-1) == wanted).sum().item() / max(len(wanted), 1)
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(right)
+        number = torch.as_tensor(len(wanted) if num_items_in_batch is None else num_items_in_batch)
+        return cross_entropy(logits.float(), wanted, reduction="sum") / number.clamp(min=1)  # 0 without any answer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
