@@ -11,23 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers import PretrainedConfig
 
+from moa import _hosts
 from moa.adapters.choices import from_fields
+from moa.adapters.low_rank import Part
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One projection's rows in a fused output, which reads as ``(..., groups, slots, width)``."""
-
-    groups: int
-    slots: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -253,7 +244,7 @@ class BlockView:
             return None
         if role not in PROJECTIONS:
             return Host(module, source, self.hidden_size, self.hidden_size, None, self.config)
-        in_features, out_features = _get_in_out_features(module)
+        in_features, out_features = _hosts.features_of(module)
         if in_features is None:  # stacked experts and other things that are not a linear layer
             return None
         part = self._part(role, path)
@@ -294,7 +285,7 @@ def _falcon_layout(config: Any) -> tuple[str, int]:
 
 def _find(module: nn.Module, path: str | None) -> nn.Module | None:
     for name in (path or "").split("."):
-        child = module._modules.get(name)
+        child = _hosts.children(module).get(name)
         if child is None:
             return None
         module = child

@@ -4,7 +4,8 @@ For every attention implementation ``x`` a function ``moa|x`` is registered; it 
 guests (prompt experts) add to the result. Adapted modules get a *view* of their configuration, the same object in
 all respects but that its ``_attn_implementation`` reads ``moa|x``. The shared configuration is left alone: mask
 construction, ``generate`` and trainers look at it and must go on seeing ``x``, and a later
-``model.set_attn_implementation`` is followed by itself.
+``model.set_attn_implementation`` is followed by itself. Which function ``x`` is gets looked up at every call, so that
+what others put in its place is respected.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moa import _hosts
 
 PREFIX = "moa|"
 
@@ -31,29 +35,25 @@ def uses_interface(attention: nn.Module) -> bool:
     return False
 
 
-def host_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function that the module's configuration names, without guests."""
-    return _function(attention, attention.config._attn_implementation.removeprefix(PREFIX))
-
-
 def _function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    if implementation != "eager":
-        return AttentionInterface._global_mapping[implementation]
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
     for cls in type(attention).__mro__:  # 'eager' is not registered: every modeling file has its own
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:
             return function
-    raise RuntimeError(f"{type(attention).__name__} has no eager attention")
+    raise RuntimeError(f"{type(attention).__name__} has no attention function called {implementation!r}")
 
 
 def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        guests = [child for child in module._modules.values() if hasattr(child, "after_attention")]
+        guests = [child for child in _hosts.children(module).values() if hasattr(child, "after_attention")]
         for guest in guests:
-            if guest.context.bypassed:  # a guest is asking for its own keys and values
-                guest.context.notes["probe"] = (key, value)
+            now = guest.context.forward
+            if now is not None and now.bypassed:  # a guest is asking for its own keys and values
+                now.notes["probe"] = (key, value)
                 return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
         output, weights = _function(module, implementation)(module, query, key, value, mask, *args, **kwargs)
         for guest in guests:
@@ -63,26 +63,27 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     return forward
 
 
+@functools.cache
 def _register(implementation: str) -> str:
     name = PREFIX + implementation
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, _with_guests(implementation))
+    AttentionInterface.register(name, _with_guests(implementation))
     return name
 
 
 def _own_config(view: Any) -> PretrainedConfig:
-    return view._host_config
+    return view.moa_host_config
 
 
 @functools.cache
 def _view_class(cls: Any) -> Any:
     def implementation(self: Any) -> str | None:
-        own = self._attn_implementation_internal
+        own = _hosts.stored_implementation(self)
         return None if own is None else _register(own)
 
+    setter = getattr(cls, _hosts.IMPLEMENTATION_PROPERTY).fset
     namespace = {
-        "__slots__": ("_host_config",),
-        "_attn_implementation": property(implementation, cls._attn_implementation.fset),
+        "__slots__": ("moa_host_config",),
+        _hosts.IMPLEMENTATION_PROPERTY: property(implementation, setter),
         "__deepcopy__": lambda self, memo: _view(copy.deepcopy(_own_config(self), memo)),
         "__reduce_ex__": lambda self, protocol: (_view, (_own_config(self),)),
         "__module__": cls.__module__,
@@ -96,14 +97,14 @@ def _view(config: PretrainedConfig) -> PretrainedConfig:
     """An object that shares ``config``'s attributes, both ways."""
     view = object.__new__(_view_class(config.__class__))
     object.__setattr__(view, "__dict__", config.__dict__)
-    object.__setattr__(view, "_host_config", config)
+    object.__setattr__(view, "moa_host_config", config)
     return view
 
 
 def install(attention: nn.Module) -> None:
     """Let guests of ``attention`` take part in its attention."""
     if not getattr(type(attention.config), "is_moa_view", False):
-        attention.config = _view(attention.config)
+        attention.config = _view(attention.config)  # type: ignore[arg-type]
 
 
 def uninstall(attention: nn.Module) -> None:

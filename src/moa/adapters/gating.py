@@ -48,8 +48,8 @@ class Gating:
     Attributes:
         kind: the rule's name in a saved configuration.
         selects: whether weights may be exactly 0, so that work can be skipped.
-        balance: weight of the load-balance loss ``E * sum_e share_e * mean_score_e`` (Switch Transformer, eq. 4);
-            0 switches it off. Its gradient is added in backward, the reported loss stays the model's own.
+        balance: weight of the load-balance loss ``E * sum_e share_e * mean_score_e`` (Switch Transformer, eq. 4), see
+            `load`; 0 switches it off. Its gradient is added in backward, the reported loss stays the model's own.
         z_loss: weight of the squared log-sum-exp of the logits (ST-MoE, eq. 5); 0 switches it off.
     """
 
@@ -70,10 +70,36 @@ class Gating:
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         raise NotImplementedError
 
+    def load(self, gates: Gates) -> tuple[Tensor, Tensor]:
+        """``share`` and ``mean_score`` of the balance loss, both (experts,), of gates (tokens, experts).
+
+        A rule that selects is balanced by how often it takes an expert. Where every expert takes part, that is always,
+        and the loss would be blind (softmax) or push all gates down alike (sigmoid); what is balanced there is how a
+        token's scores divide among experts: ``E * sum_e mean_e^2`` is least when the means are equal.
+        """
+        if self.selects:
+            return (gates.weights.detach() != 0).to(gates.scores.dtype).mean(0), gates.scores.mean(0)
+        mean = _sum_to_one(gates.scores).mean(0)
+        return mean.detach(), mean
+
+    def of_few(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
+        """As a call, for a few tokens on a CPU: a rule that sorts is faster on numbers than on tensors there."""
+        shape, thresholds = logits.shape, [None] * logits.shape[:-1].numel()
+        if threshold_logit is not None:
+            thresholds = threshold_logit.flatten().tolist()
+        table = [self.of_token(row, t) for row, t in zip(logits.view(-1, shape[-1]).tolist(), thresholds, strict=True)]
+        weights = torch.tensor(table, dtype=torch.float32).view(shape)
+        return Gates(weights, weights, self.threshold(weights, threshold_logit))
+
+    def threshold(self, scores: Tensor, threshold_logit: Tensor | None) -> Tensor | None:
+        """The level (..., 1) that scores are compared with; None for a rule without one."""
+        return None
+
     def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
-        """One token's weights as numbers; a rule may compute them without tensors, which decoding is faster for."""
+        """One token's weights as numbers."""
         threshold = None if threshold_logit is None else torch.tensor([threshold_logit])
-        return self(torch.tensor(logits), threshold).weights.tolist()
+        weights: list[float] = self(torch.tensor(logits), threshold).weights.tolist()
+        return weights
 
 
 @dataclass
@@ -85,9 +111,6 @@ class Soft(Gating):
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         weights = torch.sigmoid(_wide(logits))
         return Gates(weights, weights)
-
-    def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
-        return [_sigmoid(logit) for logit in logits]
 
 
 @dataclass
@@ -111,7 +134,7 @@ class TopK(Gating):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("topk gating: k", self.k, low=1)
+        check_range("topk gating: k", self.k, low=1, whole=True)
 
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         scores = torch.softmax(_wide(logits), dim=-1)
@@ -162,16 +185,23 @@ class Threshold(Gating):
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         logits = _wide(logits)
         scores = torch.sigmoid(logits) if self.score == "sigmoid" else torch.softmax(logits, dim=-1)
-        if self.constant:
-            threshold = torch.full_like(scores[..., :1], self.gamma_max)
-        elif threshold_logit is None:
-            raise ValueError("threshold gating needs the threshold's logit for every token")
-        else:
-            threshold = self.gamma_max * torch.sigmoid(_wide(threshold_logit))
+        threshold = self.threshold(scores, threshold_logit)
         weights = ESTIMATORS[self.train_threshold](scores, threshold)
         # AdaMoLE balances the part of the score above the threshold, MoA (no such loss upstream) the score itself.
         balanced = scores - threshold if self.train_threshold == "shifted" else scores
         return Gates(_sum_to_one(weights) if self.renormalise else weights, balanced, threshold)
+
+    def threshold(self, scores: Tensor, threshold_logit: Tensor | None) -> Tensor:
+        if self.constant:
+            return torch.full_like(scores[..., :1], self.gamma_max)
+        if threshold_logit is None:
+            raise ValueError("threshold gating needs the threshold's logit for every token")
+        return self.gamma_max * torch.sigmoid(_wide(threshold_logit))
+
+    def load(self, gates: Gates) -> tuple[Tensor, Tensor]:
+        """As for every rule that selects; sigmoid scores are divided by their sum, or all would be pushed down alike."""
+        share, mean = super().load(gates)
+        return (share, _sum_to_one(gates.scores).mean(0)) if self.score == "sigmoid" else (share, mean)
 
     def of_token(self, logits: list[float], threshold_logit: float | None = None) -> list[float]:
         if self.score != "sigmoid" or self.renormalise or self.constant or threshold_logit is None:

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from moa import _hosts
 from moa.adapters.architectures import BlockView, architecture_of, find_blocks, text_config
+from moa.adapters.auxiliary import follow_loss
 from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertLayer
+from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 
@@ -33,6 +37,13 @@ class MoAModel(BaseTuner):
         """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them."""
         kwargs["state_dict"] = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+        if mixtures and mixtures[0].auxiliary.get(adapter_name):  # for whoever calls the model and not its PeftModel
+            mixtures[0].keep(model.register_forward_hook(_follow_loss, with_kwargs=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, which PEFT calls past its hooks."""
+        return _follow_loss(self, args, kwargs, super().forward(*args, **kwargs))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -66,13 +77,11 @@ class MoAModel(BaseTuner):
     ) -> None:
         """Attach to one block. All blocks get the routed class, so that wrap policies by class fit them all."""
         view, plan = self._plans[current_key]
-        mixture = attach_mixture(view)
+        mixture = attach_mixture(view, len(self._plans))
         gatings = [peft_config.gating, *(placement.expert.copies.gating for placement in plan.placements)]
         mixture.auxiliary[adapter_name] = any(gating.has_auxiliary_loss for gating in gatings)
         if peft_config.router is not None and plan.placements:
-            mixture.router[adapter_name] = peft_config.router
-            mixture.columns[adapter_name] = plan.columns
-            mixture.column_outputs[adapter_name] = plan.outputs
+            mixture.set_router(adapter_name, peft_config.router, plan.columns, plan.outputs)
             mixture.add_router(adapter_name, peft_config.router, peft_config.gating, max(plan.outputs) + 1)
             mixture.finish_adapter(adapter_name, peft_config.inference_mode)
         for placement in plan.placements:
@@ -84,14 +93,17 @@ class MoAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 inference_mode=peft_config.inference_mode,
             )
+        share_inputs(mixture)
 
     def _expert_at(self, placement: Any, mixture: Mixture) -> ExpertLayer:
         """The layer at a placement's site, shared by all adapters that have this kind of expert there."""
         child = f"mixture_{placement.name}"
         parent = placement.host.module
-        if child not in parent._modules:
-            parent.add_module(child, EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context))
-        return parent._modules[child]  # type: ignore[return-value]
+        if child not in _hosts.children(parent):
+            layer = EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context)
+            layer.role = placement.role
+            parent.add_module(child, layer)
+        return _hosts.children(parent)[child]  # type: ignore[return-value]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -113,12 +125,12 @@ class MoAModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):
+            for name, child in list(_hosts.children(parent).items()):
                 if isinstance(child, Mixture):
                     detach_mixture(parent)
                 elif isinstance(child, ExpertLayer):
                     child.detach()
-                    del parent._modules[name]
+                    delattr(parent, name)
         base = super()._unload_and_optionally_merge(False, *args, **kwargs)
         if hasattr(base, "peft_config"):  # PEFT before 0.19.1 leaves it behind
             del base.peft_config
@@ -132,6 +144,32 @@ class MoAModel(BaseTuner):
                 "and switch with set_adapter()"
             )
         yield
+
+
+def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+    """A forward hook: lets auxiliary losses, if there are any, follow what the model's loss is multiplied by."""
+    if module.training and torch.is_grad_enabled():
+        mixture = next((m for m in module.modules() if isinstance(m, Mixture)), None)
+        if mixture is not None and any(mixture.auxiliary[name] for name in mixture.enabled(mixture.auxiliary)):
+            follow_loss(outputs, kwargs)
+    return outputs
+
+
+# Roles whose experts usually read one and the same tensor. Whether they do is asked again at every forward.
+SAME_INPUT = (("q", "k", "v"), ("gate", "up", "mlp"))
+
+
+def share_inputs(mixture: Mixture) -> None:
+    """Tell a block's bottlenecks, and a router before attention, who else reads what they read."""
+    layers = [m for m in mixture.host.modules() if isinstance(m, BottleneckLayer)]
+    for layer in layers:
+        layer.readers = (layer,)
+    for roles in SAME_INPUT:
+        together = tuple(layer for layer in layers if layer.role in roles)
+        for layer in together:
+            layer.readers = together
+        if roles[0] == "q":
+            mixture.beside = together
 
 
 def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:

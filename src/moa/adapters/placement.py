@@ -22,6 +22,7 @@ class Placement:
     """One expert at one site: where, and which output of the router gates it (None: no router)."""
 
     name: str
+    role: str
     expert: ExpertConfig
     host: Host
     output: int | None = None
@@ -88,7 +89,7 @@ def _placements(config: MoAConfig, block: BlockView, family: str) -> Iterator[Pl
                 )
             taken[site.name] = taken.get(site.name, 0) + 1
             name = site.name if taken[site.name] == 1 else f"{site.name}#{taken[site.name]}"
-            yield Placement(name, expert, host)
+            yield Placement(name, site.role, expert, host)
 
 
 def _no_host(expert: ExpertConfig, role: str, family: str, block: BlockView) -> str:

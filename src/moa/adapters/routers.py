@@ -6,6 +6,7 @@ homogeneous copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moa import _hosts
 from moa.adapters.auxiliary import add_auxiliary_loss
 from moa.adapters.choices import check_choice, check_range
+from moa.adapters.context import BlockContext
 from moa.adapters.gating import Gates, Gating
+from moa.adapters.low_rank import read
 from moa.adapters.tuner import Attached
 
 
@@ -43,7 +47,7 @@ class Router:
     initial_logit: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range("router: hidden_per_expert", self.hidden_per_expert, low=0)
+        check_range("router: hidden_per_expert", self.hidden_per_expert, low=0, whole=True)
         check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
         check_choice("router: input", self.input, ["block", "attention"])
         check_range("router: initial_logit", self.initial_logit, low=-10, high=10)
@@ -57,9 +61,10 @@ class RouterLayer(Attached):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_w1", "moa_w2", "moa_w3", "moa_threshold")
     other_param_names: ClassVar[tuple[str, ...]] = ("gating",)
 
-    def __init__(self, host: nn.Module, in_features: int):
+    def __init__(self, host: nn.Module, in_features: int, context: BlockContext):
         super().__init__(host)
         self.in_features = in_features
+        self.context = context
         self.moa_w1 = nn.ModuleDict()
         self.moa_w2 = nn.ModuleDict()
         self.moa_w3 = nn.ModuleDict()
@@ -85,6 +90,14 @@ class RouterLayer(Attached):
         if gating.learns_threshold:
             self.moa_threshold[adapter] = nn.Linear(self.in_features, 1)
 
+    def has(self, adapter: str) -> bool:
+        """Whether the adapter has a router here."""
+        return adapter in self.moa_w2
+
+    def number_of_outputs(self, adapter: str) -> int:
+        """How many experts the adapter's router decides about."""
+        return len(self.moa_w2[adapter].weight)
+
     def _freeze_what_never_trains(self) -> None:
         for adapter, threshold in self.moa_threshold.items():
             if getattr(self.gating[adapter], "train_threshold", None) == "frozen":
@@ -106,35 +119,46 @@ class RouterLayer(Attached):
         Returns:
             `Gates`, each tensor (batch, tokens, outputs).
         """
-        first = read_input(self.input_layers(adapter), features, self.moa_w2[adapter].weight.dtype)
+        first = self._first(features, adapter)
         threshold = first.pop() if adapter in self.moa_threshold else None
-        logits = self.moa_w2[adapter](F.silu(first[0]) * first[1]) if adapter in self.moa_w1 else first[0]
+        logits = self._second(F.silu(first[0]) * first[1], adapter) if adapter in self.moa_w1 else first[0]
         gating = self.gating[adapter]
+        if gating.selects and logits.device.type == "cpu" and self.is_few:
+            return gating.of_few(logits, threshold)
         gates = gating(logits, threshold)
         if self.training and gating.has_auxiliary_loss:
             gates = add_auxiliary_loss(gates, logits, tokens, gating)
         return gates
 
+    @property
+    def is_few(self) -> bool:
+        now = self.context.forward
+        return now is not None and now.few
 
-def read_input(layers: list[nn.Linear], x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Every layer's output (..., out) for ``x`` (..., in), in ``dtype``.
+    def _first(self, features: Tensor, adapter: str) -> list[Tensor]:
+        """Outputs of the `input_layers` (..., out), in the dtype of their weights or, of few tokens, float32."""
+        layers = self.input_layers(adapter)
+        if any(_hosts.is_watched(layer) for layer in layers):
+            features = features.to(layers[0].weight.dtype)
+            return [layer(features) for layer in layers]
+        if self.is_few:
+            wide = self.context.now.wide(features)
+            return [_linear(layer, wide) for layer in layers]
+        low = self._read(features, adapter, [layer.weight for layer in layers])
+        dtype = layers[0].weight.dtype
+        return [x.to(dtype) if b.bias is None else x.to(dtype) + b.bias for x, b in zip(low, layers, strict=True)]
 
-    As one product in the dtype of ``x``, which is then read once and not copied, unless somebody has to see the layers
-    being called: offloading and ZeRO fetch their weights that way.
-    """
-    if len(layers) == 1 or any(is_watched(layer) for layer in layers):
-        x = x.to(dtype)
-        return [layer(x) for layer in layers]
-    weight, bias = stacked(layers, x.dtype)
-    return list(F.linear(x, weight, bias).to(dtype).split([len(layer.weight) for layer in layers], dim=-1))
+    def _read(self, features: Tensor, adapter: str, matrices: Sequence[Tensor]) -> list[Tensor]:
+        return read(features, matrices, features.dtype)
+
+    def _second(self, hidden: Tensor, adapter: str) -> Tensor:
+        layer: nn.Linear = self.moa_w2[adapter]  # type: ignore[assignment]
+        return layer(hidden) if _hosts.is_watched(layer) else _linear(layer, hidden)
 
 
-def stacked(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (sum of outs, in) and biases (sum of outs,) of several layers below each other."""
-    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-    return torch.cat([layer.weight for layer in layers]).to(dtype), torch.cat(biases).to(dtype)
-
-
-def is_watched(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its arithmetic."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    own = _hosts.parameters(layer)
+    weight, bias = own["weight"], own["bias"]
+    if weight.dtype is not x.dtype:  # type: ignore[union-attr]
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)  # type: ignore[union-attr,assignment]
+    return F.linear(x, weight, bias)  # type: ignore[arg-type]

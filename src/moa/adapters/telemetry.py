@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa import _hosts
 from moa.adapters.block import Mixture
 from moa.adapters.experts import ExpertLayer
 from moa.adapters.gating import Gates
@@ -56,7 +57,7 @@ class GateRecord:
         self.experts += [name for name in columns if name not in self.experts]
 
         def record(router: nn.Module, args: tuple[Any, ...], gates: Gates) -> None:
-            if args[1] != adapter or _in_backward():
+            if args[1] != adapter or _hosts.in_backward():
                 return
             weights = gates.weights.detach()[..., mixture.column_outputs[adapter]]
             self.gates[mixture.index] = _join(self.gates.get(mixture.index), weights)
@@ -70,7 +71,7 @@ class GateRecord:
         """Start recording the router over an expert's copies; returns the hook's handle."""
 
         def record(router: nn.Module, args: tuple[Any, ...], gates: Gates) -> None:
-            if args[1] == adapter and not _in_backward():
+            if args[1] == adapter and not _hosts.in_backward():
                 routes = self.routes.setdefault(block, {})
                 routes[site] = _join(routes.get(site), gates.weights.detach())
 
@@ -86,10 +87,6 @@ def _join(before: Tensor | None, now: Tensor) -> Tensor:
             "or use one gate_values() per batch"
         )
     return torch.cat([before, now], dim=1)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
@@ -119,7 +116,7 @@ def gate_values(model: nn.Module, adapter: str | None = None) -> Iterator[GateRe
     handles = [record.watch(mixture, adapter) for mixture in mixtures if adapter in mixture.router]
     for mixture in mixtures:
         for expert in (m for m in mixture.host.modules() if isinstance(m, ExpertLayer)):
-            copies = expert._modules.get("mixture_copies")
+            copies = _hosts.children(expert).get("mixture_copies")
             if copies is not None:
                 handles.append(record.watch_copies(copies, adapter, mixture.index, expert.site))
     record.experts.sort(key=column_position)

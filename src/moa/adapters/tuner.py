@@ -8,6 +8,7 @@ parameters one level below must, and modules keyed by adapter name must hold the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,11 +45,14 @@ class Attached(nn.Module, TunerLayer):
         """The base module this layer is attached to."""
         return self._host[0]
 
-    def enabled(self, container: Any) -> list[str]:
-        """Names of the adapters in ``container`` that take part in a forward now."""
-        if self.disable_adapters:
-            return []
-        return [adapter for adapter in self.active_adapters if adapter in container]
+    def enabled(self, container: Any) -> Sequence[str]:
+        """Names of the adapters in ``container`` that take part in a forward now. Asked at every call: no detours."""
+        if self._disable_adapters:
+            return ()
+        active = self._active_adapter
+        if isinstance(active, str):
+            return (active,) if active in container else ()
+        return [adapter for adapter in active if adapter in container]
 
     def finish_adapter(self, adapter: str, inference_mode: bool) -> None:
         """After an adapter's weights were created: device and dtype of the host, trainable only if active."""

@@ -1,25 +1,30 @@
 """The contract of an expert kind: two classes in one file.
 
 - A configuration, subclass of `ExpertConfig`: what the user may set, and `sites`, where in a block it sits.
-- A layer, subclass of `ExpertLayer`: attached to one site, it creates the weights of each adapter (`build`) and hooks
-  its host so that its gated output takes part in the block's forward.
+- A layer, subclass of `ExpertLayer`: `build` makes the weights of an adapter, and `update` says what an input adds to
+  the host's output. Everything else, from the loop over adapters to the cast back into the host's dtype, is here.
 
-A new kind is one new file with these two, entered in ``EXPERTS`` in `moa.adapters.experts`.
+A kind whose update is a narrow bottleneck derives from `moa.adapters.experts.bottleneck.BottleneckLayer` instead, says
+its `factors`, and gets `update` and the fast ways of computing it for nothing. A new kind is one new file, entered in
+``EXPERTS`` in `moa.adapters.experts`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from moa import _hosts
 from moa.adapters.architectures import Host
-from moa.adapters.block import BlockContext
 from moa.adapters.choices import build, check_range, from_fields
+from moa.adapters.context import BlockContext, Forward, Gate, Weights, first_argument
 from moa.adapters.gating import GATINGS, Gates, Softmax
-from moa.adapters.ops import combine
+from moa.adapters.low_rank import widen
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.tuner import Attached
 
@@ -53,7 +58,7 @@ class Copies:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        check_range("copies: number", self.number, low=1)
+        check_range("copies: number", self.number, low=1, whole=True)
         self.gating = build("copies: gating", GATINGS, self.gating)
         if getattr(self.gating, "k", 1) > self.number:
             raise ValueError(f"copies: top-k gating with k={self.gating.k} needs at least that many copies")
@@ -70,6 +75,9 @@ class ExpertConfig:
     """
 
     kind: ClassVar[str]
+    size_setting: ClassVar[str | None] = None
+    """The setting that makes an expert of this kind larger, for searches under a budget; None: it has no size."""
+
     layers: list[int] | None = None
     gate: str | None = None
     copies: Any = 1
@@ -80,10 +88,15 @@ class ExpertConfig:
         elif not isinstance(self.copies, Copies):
             self.copies = from_fields("copies", Copies, self.copies)
         for layer in self.layers or []:
-            check_range(f"{self.kind} expert: layers", layer, low=0)
+            check_range(f"{self.kind} expert: layers", layer, low=0, whole=True)
 
     def sites(self) -> list[Site]:
         raise NotImplementedError
+
+    def resized(self, size: int, **changes: Any) -> Self:
+        """The same expert with another value of its ``size_setting``, and ``changes``."""
+        assert self.size_setting is not None
+        return dataclasses.replace(self, **{self.size_setting: size, **changes})
 
 
 class ExpertLayer(Attached):
@@ -92,11 +105,14 @@ class ExpertLayer(Attached):
     Attributes:
         config: the configuration class of the kind.
         site: the site's name, unique in the block.
+        place: where it sits.
+        role: as in `Site`.
         output: adapter -> which output of the block's router gates this expert; None: it is added ungated.
     """
 
     config: ClassVar[type[ExpertConfig]]
     other_param_names: ClassVar[tuple[str, ...]] = ("output",)
+    role: str = ""
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(host.module)
@@ -105,10 +121,81 @@ class ExpertLayer(Attached):
         self.context = context
         self.output: dict[str, int | None] = {}
         self._handles: list[Any] = []
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.hook()
+
+    # --- what a kind says of itself -----------------------------------------------------------------------------------
 
     def build(self, adapter: str, config: Any, init_weights: bool) -> None:
         """Create the weights of ``adapter``; with ``init_weights`` the expert must start as exactly nothing."""
         raise NotImplementedError
+
+    def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """What ``x`` adds to ``y``, (..., out).
+
+        Args:
+            adapter: whose weights.
+            x: the host's input (..., in), in the dtype of the adapter.
+            y: the host's output so far (..., out), of this expert's part if the host is a fused projection.
+            weights: (..., copies), (..., 1), or None: factors on the copies' updates, applied wherever it is cheapest.
+        """
+        raise NotImplementedError
+
+    def hook(self) -> None:
+        """Take part in the host's forward; here by adding to its output."""
+        self.add_hook(self.host, after=self._after_host)
+
+    # --- the loop around it -------------------------------------------------------------------------------------------
+
+    def _after_host(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._disable_adapters:
+            return output
+        now = self.context.now
+        if now.bypassed:
+            return output
+        x = self.input_of(module, args, kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        for adapter in self.enabled():
+            y = self.apply_to(now, adapter, x, y)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the expert reads, given how its host was called."""
+        return first_argument(args, kwargs)
+
+    def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` with the gated update of one adapter."""
+        part = self.place.part
+        x = x.to(self.dtype_of(adapter))
+        weights = as_tensor(self.weights(now, adapter, x), x)
+        own = y if part is None else part.of(y).flatten(-2)
+        delta = self.update(adapter, x, own, weights)
+        return (y + widen(delta, part).view_as(y)).to(y.dtype)
+
+    def enabled(self, container: Any = None) -> Sequence[str]:
+        """Names of the adapters that take part in a forward now and have this expert."""
+        return super().enabled(self.output if container is None else container)
+
+    def dtype_of(self, adapter: str) -> torch.dtype:
+        """The dtype of an adapter's weights."""
+        return next(children_of(self, adapter).parameters()).dtype
+
+    def weights(self, now: Forward, adapter: str, x: Tensor) -> Weights:
+        """What multiplies the copies' updates for input ``x`` (..., in)."""
+        gate: Gate = now.gate(adapter, self.output[adapter], x)
+        copies = _hosts.children(self).get("mixture_copies")
+        if copies is None or not copies.has(adapter):  # type: ignore[operator]
+            return gate
+        gates: Gates = copies(x, adapter, now.tokens)
+        route = gates.weights.to(x.dtype)
+        return route if gate is None else gate * route
+
+    def number_of_copies(self, adapter: str) -> int:
+        copies = _hosts.children(self).get("mixture_copies")
+        return copies.number_of_outputs(adapter) if copies is not None and copies.has(adapter) else 1  # type: ignore[operator]
+
+    # --- attaching ----------------------------------------------------------------------------------------------------
 
     def add_adapter(
         self, adapter: str, config: ExpertConfig, output: int | None, *, init_weights: bool, inference_mode: bool
@@ -117,32 +204,12 @@ class ExpertLayer(Attached):
         self.output[adapter] = output
         self.build(adapter, config, init_weights)
         if config.copies.number > 1:
-            if "mixture_copies" not in self._modules:
-                self.mixture_copies = RouterLayer(self.host, self.place.in_features)
+            if "mixture_copies" not in _hosts.children(self):
+                self.mixture_copies = RouterLayer(self.host, self.place.in_features, self.context)
             router = Router(hidden_per_expert=0, bias=config.copies.bias)
             self.mixture_copies.add_router(adapter, router, config.copies.gating, config.copies.number)
             self.mixture_copies.finish_adapter(adapter, inference_mode)
         self.finish_adapter(adapter, inference_mode)
-
-    def weights(self, adapter: str, x: Tensor) -> Tensor | None:
-        """What multiplies the copies' outputs for input ``x`` (..., in): (..., copies), (..., 1), or None for one."""
-        return combine(self.context.gate(adapter, self.output[adapter], x), self.route(adapter, x))
-
-    def route(self, adapter: str, x: Tensor) -> Tensor | None:
-        """The weights (..., copies) of this expert's copies, None if there is just one."""
-        copies = self._modules.get("mixture_copies")
-        if copies is None or adapter not in copies.moa_w2:
-            return None
-        gates: Gates = copies(x, adapter, self.context.tokens)
-        return gates.weights.to(x.dtype)
-
-    def in_place_of_part(self, delta: Tensor) -> Tensor:
-        """What is meant for one part of a fused projection -> full width, with zeros for its other parts."""
-        part = self.place.part
-        if part is None:
-            return delta
-        slots = delta.unflatten(-1, (part.groups, part.stop - part.start, -1))
-        return F.pad(slots, (0, 0, part.start, part.slots - part.stop)).flatten(-3)
 
     def add_hook(self, module: nn.Module, before: Any = None, after: Any = None) -> None:
         """Hook ``module`` with bound methods (they survive deepcopy and pickling); `detach` removes them."""
@@ -156,6 +223,17 @@ class ExpertLayer(Attached):
             handle.remove()
 
 
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a module was called with."""
-    return args[0] if args else next(iter(kwargs.values()))
+def children_of(layer: ExpertLayer, adapter: str) -> nn.Module:
+    """The first of an adapter's modules that has parameters."""
+    for name in layer.adapter_layer_names:
+        module: nn.Module = getattr(layer, name)[adapter]
+        if any(True for _ in module.parameters()):
+            return module
+    raise RuntimeError(f"{type(layer).__name__} of {adapter!r} has no parameters")
+
+
+def as_tensor(weights: Weights, like: Tensor) -> Tensor | None:
+    """`Weights` as a tensor (..., copies) or (..., 1) in the dtype of ``like``, or None."""
+    if isinstance(weights, float):
+        return like.new_full((*(1,) * (like.dim() - 1), 1), weights)
+    return weights

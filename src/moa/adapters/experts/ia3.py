@@ -8,15 +8,14 @@ they read the rescaled input. In families that normalise keys, k is rescaled bef
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moa.adapters.architectures import Host
-from moa.adapters.block import BlockContext
 from moa.adapters.choices import check_names
-from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, first_argument
+from moa.adapters.context import first_argument
+from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 
 TARGETS = ("k", "v", "down")
 
@@ -54,51 +53,33 @@ class Rescaling(nn.Module):
         """Weights (..., copies), or None for one -> the relative change (..., features)."""
         if weights is None:
             return self.weight.sum(0)
-        return torch.matmul(weights, self.weight).to(self.weight.dtype)
+        return torch.matmul(weights.expand(*weights.shape[:-1], len(self.weight)), self.weight).to(self.weight.dtype)
 
 
 class Ia3Layer(ExpertLayer):
     """Weights: ``moa_scale``, a `Rescaling` of the host's output (k, v) or of its input (down)."""
 
     config = Ia3Expert
-    adapter_layer_names = ("moa_scale",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_scale",)
+    moa_scale: nn.ModuleDict
 
-    def __init__(self, site: str, host: Host, context: BlockContext):
-        super().__init__(site, host, context)
-        self.moa_scale = nn.ModuleDict()
-        self.reads = site.startswith("ia3_down")
+    def hook(self) -> None:
+        self.reads = self.site.startswith("ia3_down")
         if self.reads:
-            self.add_hook(host.module, before=self._before_projection)
+            self.add_hook(self.host, before=self._before_host)
         else:
-            self.add_hook(host.module, after=self._after_projection)
+            super().hook()
 
     def build(self, adapter: str, config: Ia3Expert, init_weights: bool) -> None:
         features = self.place.in_features if self.reads else self.place.out_features
         self.moa_scale[adapter] = Rescaling(config.copies.number, features, init_weights)
 
-    def _before_projection(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """In the wider dtype: in bfloat16, ``1 + change`` would lose what the expert learns."""
+        return y * self.moa_scale[adapter](weights)
+
+    def _before_host(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_argument(args, kwargs)
-        for adapter in self.enabled(self.moa_scale):
-            x = _rescale(x, self._change(adapter, x))
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, kwargs | {next(iter(kwargs)): x}
-
-    def _after_projection(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if self.context.bypassed:
-            return output
-        for adapter in self.enabled(self.moa_scale):
-            change = self._change(adapter, first_argument(args, kwargs))
-            output = _rescale(output, self.in_place_of_part(change))
-        return output
-
-    def _change(self, adapter: str, x: Tensor) -> Tensor:
-        scale = self.moa_scale[adapter]
-        return scale(self.weights(adapter, self._cast_input_dtype(x, scale.weight.dtype)))
-
-
-def _rescale(x: Tensor, change: Tensor) -> Tensor:
-    """``x * (1 + change)`` in the wider dtype: in bf16, ``1 + change`` would lose what the expert learns."""
-    return (x * (1 + change)).to(x.dtype)
+        for adapter in self.enabled():
+            x = self.apply_to(self.context.now, adapter, x, x)
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
-from moa.adapters import ops
 from moa.adapters.architectures import PROJECTIONS, Host
-from moa.adapters.block import BlockContext
 from moa.adapters.choices import check_names, check_range
-from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, first_argument
+from moa.adapters.context import BlockContext
+from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
+from moa.adapters.experts.bottleneck import BottleneckLayer, Factors
 
 
 @dataclass
@@ -28,6 +28,7 @@ class LoraExpert(ExpertConfig):
     """
 
     kind = "lora"
+    size_setting = "r"
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o", "down"])
     r: int = 8
     alpha: float = 8
@@ -36,7 +37,7 @@ class LoraExpert(ExpertConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("lora expert: r", self.r, low=1)
+        check_range("lora expert: r", self.r, low=1, whole=True)
         check_range("lora expert: alpha", self.alpha, low=0, open_low=True)
         check_range("lora expert: dropout", self.dropout, low=0, high=1)
         check_names("lora expert: targets", self.targets, PROJECTIONS)
@@ -48,42 +49,43 @@ class LoraExpert(ExpertConfig):
     def sites(self) -> list[Site]:
         return [Site(target, target) for target in self.targets]
 
+    def resized(self, size: int, **changes: Any) -> Self:
+        """As every kind; alpha moves along, so that the scaling alpha / r stays what it was."""
+        if not self.rslora:
+            changes.setdefault("alpha", self.alpha / self.r * size)
+        return super().resized(size, **changes)
 
-class LoraLayer(ExpertLayer):
+
+class LoraLayer(BottleneckLayer):
     """Weights: ``moa_A`` (copies * r, in), or (r, in) if the copies share it; ``moa_B`` (out, copies * r)."""
 
     config = LoraExpert
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_A", "moa_B", "moa_dropout")
     other_param_names: ClassVar[tuple[str, ...]] = (*ExpertLayer.other_param_names, "scaling")
+    moa_A: nn.ModuleDict
+    moa_B: nn.ModuleDict
+    moa_dropout: nn.ModuleDict
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
-        self.moa_A = nn.ModuleDict()
-        self.moa_B = nn.ModuleDict()
-        self.moa_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self.add_hook(host.module, after=self._after_projection)
 
     def build(self, adapter: str, config: LoraExpert, init_weights: bool) -> None:
         copies = config.copies
         self.scaling[adapter] = config.scaling
-        rows = config.r if copies.shared else config.r * copies.number
-        self.moa_A[adapter] = nn.Linear(self.place.in_features, rows, bias=False)
+        in_rows = config.r if copies.shared else config.r * copies.number
+        self.moa_A[adapter] = nn.Linear(self.place.in_features, in_rows, bias=False)
         self.moa_B[adapter] = nn.Linear(config.r * copies.number, self.place.out_features, bias=False)
         self.moa_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         nn.init.kaiming_uniform_(self.moa_A[adapter].weight, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(self.moa_B[adapter].weight)
 
-    def _after_projection(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if self.context.bypassed:
-            return output
-        for adapter in self.enabled(self.moa_A):
-            a, b = self.moa_A[adapter], self.moa_B[adapter]  # called, not read: offloading and ZeRO-3 fetch weights so
-            x = self._cast_input_dtype(first_argument(args, kwargs), a.weight.dtype)
-            low = ops.rank_space(a(self.moa_dropout[adapter](x)), b.in_features, self.weights(adapter, x))
-            delta = b(low * self.scaling[adapter])
-            output = output + self.in_place_of_part(delta).to(output.dtype)
-        return output
+    def factors(self, adapter: str) -> Factors:
+        dropout = self.moa_dropout[adapter] if self.training else None
+        return Factors(
+            self.moa_A[adapter],  # type: ignore[arg-type]
+            self.moa_B[adapter],
+            scaling=self.scaling[adapter],
+            dropout=dropout if isinstance(dropout, nn.Dropout) else None,
+        )

@@ -13,16 +13,17 @@ interface; logit soft-capping (Gemma 2) and attention sinks (gpt-oss) act on the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moa.adapters import attention_interface, ops
-from moa.adapters.architectures import Host
-from moa.adapters.block import BlockContext, bound_arguments, parameters_of_forward
+from moa import _hosts
+from moa.adapters import attention_interface
 from moa.adapters.choices import check_range
-from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
+from moa.adapters.context import Forward, bound_arguments, parameters_of_forward
+from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, as_tensor
+from moa.adapters.prompt_attention import KeptPrompt, Prompt, add_prompt, prompt_alone
 
 
 @dataclass
@@ -34,17 +35,18 @@ class PromptExpert(ExpertConfig):
     """
 
     kind = "prompt"
+    size_setting = "length"
     length: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("prompt expert: length", self.length, low=1)
+        check_range("prompt expert: length", self.length, low=1, whole=True)
 
     def sites(self) -> list[Site]:
         return [Site("prompt", "attention")]
 
 
-class Prompt(nn.Module):
+class PromptTokens(nn.Module):
     """The tokens (copies * length, hidden), standard normal at first, and one gate per head (heads,), zero at first.
 
     A module that is called, and not bare parameters, so that offloading and FSDP find its weights in place.
@@ -59,83 +61,114 @@ class Prompt(nn.Module):
         return self.weight, self.head_gate
 
 
+class Kept(NamedTuple):
+    """A prompt that decoding reads, and the weights it was made of with their state at that time."""
+
+    prompt: KeptPrompt
+    sources: list[Tensor]
+    state: list[tuple[int, int]]
+
+    def is_current(self, tokens: Tensor) -> bool:
+        return self.sources[0] is tokens and self.state == _state_of(self.sources)
+
+
 class PromptLayer(ExpertLayer):
-    """Weights: ``moa_prompt``, a `Prompt`."""
+    """Weights: ``moa_prompt``, a `PromptTokens`.
+
+    Attributes:
+        kept: adapter -> its keys and values, for the tokens that follow a prefill. Made anew by every forward that starts
+            a text, dropped by every forward with gradients, and left alone only while no weight has changed.
+    """
 
     config = PromptExpert
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_prompt",)
+    moa_prompt: nn.ModuleDict
 
-    def __init__(self, site: str, host: Host, context: BlockContext):
-        super().__init__(site, host, context)
-        self.moa_prompt = nn.ModuleDict()
-        self._attention_parameters = parameters_of_forward(type(host.module))
-        attention_interface.install(host.module)
-        self.add_hook(host.module, before=self._before_attention)
+    def hook(self) -> None:
+        self.kept: dict[str, Kept] = {}
+        self._attention_parameters = parameters_of_forward(type(self.host))
+        attention_interface.install(self.host)
+        self.add_hook(self.host, before=self._before_attention)
 
     def build(self, adapter: str, config: PromptExpert, init_weights: bool) -> None:
         length = config.length * config.copies.number
         heads = self.place.config.num_attention_heads
-        self.moa_prompt[adapter] = Prompt(length, self.place.in_features, heads, init_weights)
+        self.moa_prompt[adapter] = PromptTokens(length, self.place.in_features, heads, init_weights)
+
+    def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """``x`` are the queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads, width)."""
+        now = self.context.now
+        return prompt_alone(x, self._prompt(now, adapter), now.notes["scaling"], weights)
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.context.bypassed:
-            self.context.notes[id(self)] = bound_arguments(self._attention_parameters, args, kwargs)
+        now = self.context.forward
+        if now is not None and not now.bypassed:
+            now.notes[id(self)] = kwargs if not args else bound_arguments(self._attention_parameters, args, kwargs)
 
     def after_attention(self, attention: nn.Module, query: Tensor, scaling: float | None, output: Tensor) -> Tensor:
         """Add this expert to the interface's ``output`` (batch, tokens, heads, width)."""
-        arguments: dict[str, Any] = self.context.notes.get(id(self), {})
-        for adapter in self.enabled(self.moa_prompt):
-            prompt, head_gate = self.moa_prompt[adapter]()
-            hidden = arguments["hidden_states"]
-            key, value = self._keys_and_values(adapter, attention, prompt, arguments)
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            route = self.weights(adapter, hidden)
-            extra = ops.prompt_attention(query, key, value, scale, head_gate, route)
-            output = output + extra.to(output.dtype).view_as(output)
+        if self._disable_adapters:
+            return output
+        now = self.context.now
+        now.notes["scaling"] = scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        arguments = now.notes[id(self)]
+        hidden = arguments["hidden_states"]
+        for adapter in self.enabled():
+            weights = self.weights(now, adapter, hidden)
+            if now.few and (not isinstance(weights, Tensor) or weights.shape[-1] == 1):
+                output = self._kept(now, adapter, query, scale).add_to(output, query, weights)
+            else:
+                output = add_prompt(output, query, self._prompt(now, adapter), scale, as_tensor(weights, hidden))
         return output
 
-    def _keys_and_values(
-        self, adapter: str, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """As `_probe`, but once per KV cache, with which they live and die.
+    def _kept(self, now: Forward, adapter: str, query: Tensor, scaling: float) -> KeptPrompt:
+        kept = self.kept.get(adapter)
+        if kept is None or self._starts_text(now.notes[id(self)], query) or not kept.is_current(self.moa_prompt[adapter].weight):  # type: ignore[arg-type]
+            sources = [*self.moa_prompt[adapter].parameters()]
+            sources += [p for name, p in self.host.named_parameters() if ".moa_" not in f".{name}"]
+            prompt = KeptPrompt.of(self._prompt(now, adapter), scaling)
+            kept = self.kept[adapter] = Kept(prompt, sources, _state_of(sources))
+        return kept.prompt
 
-        Not kept for longer: no mark on a tensor tells reliably that it has changed (fused optimisers and ``.data``
-        leave its version as it was), and reentrant checkpointing runs training forwards without gradients.
-        """
-        past = arguments.get("past_key_values")
-        if past is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._probe(attention, prompt, arguments)
-        kept = past.__dict__.setdefault("moa_prompts", {})
-        place = (id(self), adapter)
-        if place not in kept or kept[place][0] is not prompt:
-            kept[place] = (prompt, self._probe(attention, prompt, arguments))
-        return kept[place][1]
+    def _starts_text(self, arguments: dict[str, Any], query: Tensor) -> bool:
+        """Whether the KV cache, which has these tokens by now, held none before. Without asking an accelerator."""
+        past = arguments.get("past_key_values", arguments.get("layer_past"))
+        if past is None:
+            return True
+        seen = past.get_seq_length(getattr(self.host, "layer_idx", 0))
+        if isinstance(seen, Tensor) and seen.device.type != "cpu":
+            return query.shape[2] > 1
+        return int(seen) <= query.shape[2]
 
-    def _probe(self, attention: nn.Module, prompt: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Run the attention module on the prompt (length, hidden) and catch what arrives at the attention interface.
-
-        Returns:
-            Key and value, each (kv_heads, length, width).
-        """
-        tokens = prompt.to(arguments["hidden_states"].dtype).unsqueeze(0)
+    def _prompt(self, now: Forward, adapter: str) -> Prompt:
+        """Run the attention module on the prompt and catch what arrives at the attention interface."""
+        if torch.is_grad_enabled():
+            self.kept.pop(adapter, None)
+        tokens, head_gate = self.moa_prompt[adapter]()
+        arguments = now.notes[id(self)]
         probe: dict[str, Any] = {
             name: value
             for name, value in arguments.items()
             if isinstance(value, bool) and name in ("output_attentions", "use_cache")
         }
-        probe |= {"hidden_states": tokens, "attention_mask": None}
+        probe |= {"hidden_states": tokens.to(arguments["hidden_states"].dtype).unsqueeze(0), "attention_mask": None}
         if arguments.get("position_embeddings") is not None:
             cos, sin = arguments["position_embeddings"]
-            shape = (*(1,) * (cos.dim() - 2), prompt.shape[0], cos.shape[-1])
+            shape = (*(1,) * (cos.dim() - 2), len(tokens), cos.shape[-1])
             probe["position_embeddings"] = (cos.new_ones(shape), sin.new_zeros(shape))
-        self.context.bypassed = True
+        now.bypassed = True
         try:
-            attention.forward(**probe)
+            self.host.forward(**probe)
         finally:
-            self.context.bypassed = False
-        key, value = self.context.notes.pop("probe")
-        return key.squeeze(0), value.squeeze(0)
+            now.bypassed = False
+        key, value = now.notes.pop("probe")
+        return Prompt(key.squeeze(0), value.squeeze(0), head_gate)
 
     def detach(self) -> None:
         super().detach()
         attention_interface.uninstall(self.host)
+
+
+def _state_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Where each tensor lies and how often it was changed there."""
+    return [(t.data_ptr(), _hosts.version(t)) for t in tensors]

@@ -1,0 +1,142 @@
+"""What a decoder block's experts need to know about the forward that is running: its gates, its text, its inputs.
+
+The block opens the context, its router fills it, and experts at their places in the block read it. It is thread-local,
+so that one model may serve several threads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from moa.adapters.low_rank import FEW_TOKENS, read
+
+Gate: TypeAlias = float | Tensor | None
+"""One gate: (batch, tokens, 1), or a number where there is just one token; None: not gated."""
+
+Weights: TypeAlias = float | Tensor | None
+"""What multiplies an expert's update: a `Gate`, or (..., copies) for an expert of several copies."""
+
+
+class Forward:
+    """One block's forward that is running.
+
+    Attributes:
+        few: inference on so few tokens that the number of calls costs more than arithmetic. Not in training mode, where
+            reentrant checkpointing runs the forward without gradients first: both runs have to round alike.
+        gates: adapter -> one `Gate` per output of its router; an adapter without a router is missing.
+        tokens: (batch, tokens), True for text, or None if nothing is padded.
+        starts: (batch, tokens), True where a new document begins; None: one document per row.
+        notes: expert -> whatever it saw before its host ran and needs afterwards.
+        bypassed: experts leave their hosts' outputs as they are (while prompt keys are computed).
+    """
+
+    __slots__ = ("bypassed", "few", "gates", "notes", "read_input", "read_outputs", "starts", "tokens", "wide_input")
+
+    def __init__(self, few: bool) -> None:
+        self.few = few
+        self.gates: dict[str, Sequence[Gate]] = {}
+        self.tokens: Tensor | None = None
+        self.starts: Tensor | None = None
+        self.notes: dict[Any, Any] = {}
+        self.bypassed = False
+        self.read_input: Tensor | None = None
+        self.read_outputs: dict[int, list[Tensor]] = {}
+        self.wide_input: tuple[Tensor, Tensor] | None = None
+
+    def gate(self, adapter: str, output: int | None, like: Tensor) -> Gate:
+        """The gate of one router output in the shape and dtype of ``like`` (..., features).
+
+        Raises:
+            RuntimeError: called on tokens other than the block's.
+        """
+        if output is None:
+            return None
+        gate = self.gates[adapter][output]
+        if isinstance(gate, float):
+            return gate
+        if gate.shape[:-1] != like.shape[:-1]:
+            if gate.numel() != like.shape[:-1].numel():
+                raise RuntimeError(f"gates of shape {tuple(gate.shape)} do not fit an expert's input {tuple(like.shape)}")
+            gate = gate.reshape(*like.shape[:-1], 1)  # some MLPs flatten (batch, tokens)
+        return gate.to(like.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """``x`` in at least float32. Kept for the next expert that reads the same tensor."""
+        if x.dtype == torch.float32 or x.dtype == torch.float64:
+            return x
+        if self.wide_input is None or self.wide_input[0] is not x:
+            self.wide_input = (x, x.to(torch.float32))
+        return self.wide_input[1]
+
+    def read(self, owner: int, x: Tensor, readers: Sequence[tuple[int, list[Tensor]]], dtype: torch.dtype) -> list[Tensor]:
+        """``x`` (..., in) through ``owner``'s first matrices, one (..., rank) each; who reads the same is served at once.
+
+        Args:
+            owner: which of ``readers``.
+            x: the input.
+            readers: everybody who is likely to read this very tensor, with the matrices (rank, in) of each.
+            dtype: to compute in.
+        """
+        if self.read_input is not x or owner not in self.read_outputs:
+            outputs = iter(read(x, [matrix for _, matrices in readers for matrix in matrices], dtype))
+            self.read_input = x
+            self.read_outputs = {key: [next(outputs) for _ in matrices] for key, matrices in readers}
+        return self.read_outputs[owner]
+
+class BlockContext(threading.local):
+    """Where a block keeps its `Forward` of this thread; None while none is running."""
+
+    forward: Forward | None = None
+
+    def open(self, hidden: Tensor, training: bool) -> Forward:
+        """Start a forward on ``hidden`` (batch, tokens, features)."""
+        inference = not training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        self.forward = Forward(inference and hidden.shape[:-1].numel() <= FEW_TOKENS)
+        return self.forward
+
+    def close(self) -> None:
+        self.forward = None
+
+    @property
+    def now(self) -> Forward:
+        """The forward that is running.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self.forward is None:
+            raise RuntimeError("a MoA expert ran outside of its decoder block's forward, where there are no gates")
+        return self.forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockContext:
+        copied = memo[id(self)] = BlockContext()
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockContext, ()
+
+
+def parameters_of_forward(cls: type[nn.Module]) -> list[str]:
+    """Names of what the class's ``forward`` can be called with, for `bound_arguments`; not to be asked per call."""
+    return list(inspect.signature(cls.forward).parameters)[1:]
+
+
+def bound_arguments(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name; a first positional one is always called ``hidden_states``."""
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    if args:
+        named.setdefault("hidden_states", args[0])
+    if "past_key_values" not in named and "layer_past" in named:
+        named["past_key_values"] = named["layer_past"]
+    return named
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a module was called with."""
+    return args[0] if args else next(iter(kwargs.values()))

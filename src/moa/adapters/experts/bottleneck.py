@@ -1,0 +1,192 @@
+"""Kinds whose update is a bottleneck, ``scaling * U (w * act(D x + b)) + w c``, and the fast ways to compute it.
+
+A kind says its `Factors` and is done. Copies lie side by side in one wider bottleneck, their weights differing from
+block to block of its width, so that a mixture of eight LoRAs is still two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa import _hosts
+from moa.adapters.context import Forward, Weights
+from moa.adapters.experts.base import ExpertLayer, as_tensor
+from moa.adapters.low_rank import add_product, rows, tiled, weighted, write
+
+
+class Factors(NamedTuple):
+    """A bottleneck of one adapter.
+
+    Attributes:
+        first: a linear layer to copies * size, or to size if the copies share it.
+        second: weight (out, copies * size) and bias (copies, out) or None; called with what it multiplies.
+        activation: in between, or None.
+        scaling: a factor on the product with ``second.weight``.
+        dropout: on the input, or None.
+    """
+
+    first: nn.Linear
+    second: nn.Module
+    activation: Callable[[Tensor], Tensor] | None = None
+    scaling: float = 1.0
+    dropout: nn.Module | None = None
+
+
+class UpProjection(nn.Module):
+    """A second matrix: weight (out, copies * size) and one bias (copies, out) per copy. All zero: no output."""
+
+    def __init__(self, size: int, out_features: int, copies: int, init_weights: bool):
+        super().__init__()
+        draw = torch.zeros if init_weights else torch.randn
+        self.weight = nn.Parameter(draw(out_features, copies * size) * 0.02)
+        self.bias = nn.Parameter(draw(copies, out_features) * 0.02)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """The product alone, (..., copies * size) -> (..., out); biases have weights of their own."""
+        return F.linear(inner, self.weight)
+
+
+class Quick:
+    """One bottleneck of one copy, for a few tokens: three products and sums, and hardly any Python.
+
+    It holds the modules' own dictionaries of parameters and none of their tensors: weights are those of the moment.
+    """
+
+    def __init__(self, factors: Factors, output: int | None):
+        self.modules = (factors.first, factors.second)
+        self.first, self.second = (_hosts.parameters(module) for module in self.modules)
+        self.activation = getattr(factors.activation, "forward", factors.activation)
+        self.scaling = factors.scaling
+        self.output = output
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether weights are float32, or as wide as ``x``, and lie where their modules say."""
+        dtype = self.first["weight"].dtype  # type: ignore[union-attr]
+        if dtype is not torch.float32 and (dtype is not torch.float64 or x.dtype is not torch.float64):
+            return False
+        return not (_hosts.is_watched(self.modules[0]) or _hosts.is_watched(self.modules[1]))
+
+    def add_to(self, y: Tensor, x: Tensor, now: Forward, adapter: str) -> Tensor:
+        """``y += gate * scaling * (U act(D x + b) + c)`` in place."""
+        wide = x if x.dtype is torch.float32 else now.wide(x)
+        inner = F.linear(wide, self.first["weight"], self.first.get("bias"))  # type: ignore[arg-type]
+        if self.activation is not None:
+            inner = self.activation(inner)
+        bias = self.second.get("bias")
+        delta = F.linear(inner, self.second["weight"], bias if bias is None else bias[0])  # type: ignore[arg-type]
+        gate = now.gate(adapter, self.output, wide)
+        if isinstance(gate, Tensor):
+            delta, gate = delta * gate, 1.0
+        return y.add_(delta if delta.shape == y.shape else delta.view(y.shape), alpha=self.scaling if gate is None else gate * self.scaling)
+
+
+class BottleneckLayer(ExpertLayer):
+    """An expert that says its `Factors`.
+
+    Attributes:
+        readers: experts (and the router) that are likely to read the same input as this one, itself among them.
+        quick: adapter -> how it is computed for few tokens, None if it cannot be computed so.
+    """
+
+    readers: Sequence[BottleneckLayer] = ()
+
+    def hook(self) -> None:
+        self.quick: dict[str, Quick | None] = {}
+        super().hook()
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's bottleneck."""
+        raise NotImplementedError
+
+    def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """By calling the layers, as offloading and ZeRO want it; out of place."""
+        factors = self.factors(adapter)
+        low = factors.first(x if factors.dropout is None else factors.dropout(x))
+        second = factors.second(self._inner(factors, low, weights) * factors.scaling)
+        return second + bias if (bias := self._bias(factors, second, weights)) is not None else second
+
+    def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        if now.few and (quick := self._quick(adapter, x)) is not None:
+            return quick.add_to(y, x, now, adapter)
+        factors = self.factors(adapter)
+        if torch.compiler.is_compiling() or _hosts.is_watched(factors.first) or _hosts.is_watched(factors.second):
+            return super().apply_to(now, adapter, x, y)
+        if now.few:
+            return self._few_tokens(now, adapter, factors, x, y)
+        return self._many_tokens(now, adapter, factors, x, y)
+
+    def _many_tokens(self, now: Forward, adapter: str, factors: Factors, x: Tensor, y: Tensor) -> Tensor:
+        weights = as_tensor(self.weights(now, adapter, x), x)
+        if factors.dropout is None:
+            readers = [reader for layer in self.readers for reader in layer.reader(adapter)]
+            (low,) = now.read(id(self), x, readers, y.dtype)
+        else:
+            (low,) = now.read(id(self), factors.dropout(x), [(id(self), [factors.first.weight])], y.dtype)
+        weights = None if weights is None else weights.to(low.dtype)
+        if factors.first.bias is not None:
+            low = low + factors.first.bias.to(low.dtype)
+        inner, scaling = self._inner(factors, low, weights), factors.scaling
+        matrix: Tensor = factors.second.weight  # type: ignore[assignment]
+        if (bias := getattr(factors.second, "bias", None)) is not None:  # as further columns, to pass over y once
+            ones = inner.new_ones(*inner.shape[:-1], len(bias)) if weights is None else weights
+            inner = inner if scaling == 1 else inner * scaling
+            inner, scaling = torch.cat([inner, ones.expand(*inner.shape[:-1], len(bias))], dim=-1), 1.0
+            matrix = torch.cat([matrix, bias.t()], dim=1)
+        return write(y, inner, matrix, scaling, self.place.part)
+
+    def _few_tokens(self, now: Forward, adapter: str, factors: Factors, x: Tensor, y: Tensor) -> Tensor:
+        """In float32 or wider, in place."""
+        wide = now.wide(x)
+        weights = as_tensor(self.weights(now, adapter, wide), wide)
+        first, second = factors.first, factors.second
+        inner = F.linear(wide, first.weight.to(wide.dtype), None if first.bias is None else first.bias.to(wide.dtype))
+        delta = F.linear(self._inner(factors, inner, weights) * factors.scaling, second.weight.to(wide.dtype))
+        if (bias := self._bias(factors, inner, weights)) is not None:
+            delta = delta + bias
+        own = y if self.place.part is None else self.place.part.of(y)
+        own.add_(delta.view(own.shape))
+        return y
+
+    def _quick(self, adapter: str, x: Tensor) -> Quick | None:
+        """The shortest way for few tokens, if this expert and its input allow it."""
+        if adapter not in self.quick:
+            factors = self.factors(adapter)
+            bias = _hosts.parameters(factors.second).get("bias")
+            plain = self.place.part is None and self.number_of_copies(adapter) == 1 and (bias is None or len(bias) == 1)
+            self.quick[adapter] = Quick(factors, self.output[adapter]) if plain else None
+        quick = self.quick[adapter]
+        return quick if quick is not None and quick.fits(x) else None
+
+    def add_adapter(self, adapter: str, *args: Any, **kwargs: Any) -> None:
+        self.quick.pop(adapter, None)
+        super().add_adapter(adapter, *args, **kwargs)
+
+    def reader(self, adapter: str) -> list[tuple[int, list[Tensor]]]:
+        """Itself as one of `BlockContext.read`'s readers; empty if it cannot be served beside others."""
+        if adapter not in self.enabled():
+            return []
+        factors = self.factors(adapter)
+        if factors.dropout is not None or _hosts.is_watched(factors.first):
+            return []
+        return [(id(self), [factors.first.weight])]
+
+    @staticmethod
+    def _inner(factors: Factors, low: Tensor, weights: Tensor | None) -> Tensor:
+        inner = low if factors.activation is None else factors.activation(low)
+        return weighted(tiled(inner, factors.second.weight.shape[1]), weights)
+
+    @staticmethod
+    def _bias(factors: Factors, like: Tensor, weights: Weights) -> Tensor | None:
+        bias = getattr(factors.second, "bias", None)
+        if bias is None:
+            return None
+        bias = bias.to(like.dtype)
+        if weights is None or isinstance(weights, float):
+            total = bias.sum(0) if len(bias) > 1 else bias[0]
+            return total if weights is None else total * weights
+        return torch.matmul(weights.expand(*weights.shape[:-1], len(bias)), bias)
