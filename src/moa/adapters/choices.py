@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,10 +31,14 @@ def check_names(what: str, names: Any, allowed: Collection[str]) -> None:
             raise ValueError(f"{what}={names!r} names {name!r} twice")
 
 
-def check_range(what: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False) -> None:
-    """Raise ValueError unless ``low <= value <= high`` (``low < value`` if ``open_low``)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what}={value!r} must be a number")
+def check_range(
+    what: str, value: float, *, low: float, high: float = float("inf"), open_low: bool = False, whole: bool = False
+) -> None:
+    """Raise ValueError unless ``low <= value <= high`` (``low < value`` if ``open_low``); ``whole``: an integer."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{what}={value!r} must be a {'whole ' if whole else ''}number")
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{what}={value!r} must be a finite number")
     if value != value or value < low or value > high or (open_low and value == low):
         left = "(" if open_low else "["
         raise ValueError(f"{what}={value!r} is outside of {left}{low}, {high}]")
