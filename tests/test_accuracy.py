@@ -158,7 +158,7 @@ def test_published_gold_answers_are_right_when_they_are_given(
     golds = ["42", "1,002", "-7", "0.5", "18"]
     texts = [f" She has {n} of <<{n}*2={2 * n}>>{2 * n}.\n#### {gold}" for n, gold in enumerate(golds, start=90)]
     rows = [{"question": f"How many, {n}?", "answer": text.strip()} for n, text in enumerate(texts)]
-    file = [convert(row, split="test") for row in rows]
+    file = [convert(row, split="test", place="here") for row in rows]
     assert [row["answer"] for row in file] == golds
 
     def reply(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:

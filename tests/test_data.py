@@ -101,6 +101,7 @@ def test_bundled_tasks_share_the_limit():
         ('{"instruction": ["i"], "output": "o"}', "line 2: the field 'instruction' must be text"),
         ('{"instruction": "i", ', "line 2: not JSON"),
         ("[1]", "line 2: a row must be a JSON object, not list"),
+        ('{"instruction": ' + "9" * 5000 + "}", "line 2: Exceeds the limit"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "line 2: the field 'messages' must list at least two"),
     ],
 )
@@ -132,7 +133,7 @@ BAD = [
     ({"question": "q", "answer": " "}, "the field 'answer' is empty"),
     ({"question": "q", "answer": "so it is\n#### "}, "the field 'answer' has nothing after its '####'"),
     ({"Body": "b", "Question": "q", "Answer": ""}, "the field 'Answer' is empty"),
-    ({"prompt": "p", "completion": "\n"}, "the field 'output' is empty"),
+    ({"prompt": "p", "completion": "\n"}, "the field 'completion' is empty"),
     ({"prompt": " ", "completion": "c"}, "the field 'prompt' is empty"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"the field 'messages\[1\].content' is empty"),
     ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, r"the field 'messages\[0\].content' is empty"),
@@ -187,6 +188,7 @@ def test_what_is_missing_is_absent(tmp_path, missing):
     first, second, third = load_rows(str(write(tmp_path / "a.jsonl", *good)), split="train")
     assert first == {"instruction": "i", "input": "", "output": "o", "answer": ""}
     assert second == {"prompt": "i", "output": "o", "answer": ""}
+    assert third.pop("place") == f"{tmp_path / 'a.jsonl'}, line 3"
     assert third == {"messages": [USER, ASSISTANT], "output": "a", "answer": ""}
 
 

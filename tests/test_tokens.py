@@ -85,7 +85,7 @@ def test_the_chat_form_of_an_instruction(tokenizer: Any):
 
 def test_tools_and_columns_reach_the_template_in_prompt_and_training(tokenizer: Any):
     fields = {"messages": MESSAGES, "tools": TOOLS, "chat_template_kwargs": {"mood": "gay"}, "source": "web"}
-    row = convert(fields, split="train")
+    row = convert(fields, split="train", place="chats.jsonl, line 7")
     asked = prompt_text(tokenizer, prompt_of(row, "alpaca"))
     assert asked.startswith('<tools>[{"type": "function"')
     assert "<mood>gay<|im_start|>system" in asked
@@ -97,14 +97,16 @@ def test_tools_and_columns_reach_the_template_in_prompt_and_training(tokenizer: 
 
 
 def test_a_column_that_the_template_reads_is_used_by_its_own_name(tokenizer: Any):
-    row = convert({"messages": MESSAGES, "mood": "grim", "tools": None}, split="train")
+    row = convert({"messages": MESSAGES, "mood": "grim", "tools": None}, split="train", place="chats.jsonl, line 7")
     assert prompt_text(tokenizer, prompt_of(row, "chat")).startswith("<mood>grim")
 
 
 def test_tools_that_the_template_does_not_read_are_refused(tokenizer: Any):
     tokenizer.chat_template = BARE
-    row = convert({"messages": MESSAGES, "tools": TOOLS}, split="train")
-    with pytest.raises(ValueError, match="'tools', which the tokenizer's chat template does not read"):
+    row = convert({"messages": MESSAGES, "tools": TOOLS}, split="train", place="chats.jsonl, line 7")
+    with pytest.raises(
+        ValueError, match=r"chats.jsonl, line 7: the row has 'tools', which the tokenizer's chat template does not read"
+    ):
         prompt_tokens(tokenizer, prompt_of(row, "chat"))
 
 
@@ -117,14 +119,16 @@ def test_a_template_that_ends_no_turn_gets_end_of_text(tokenizer: Any):
 
 def test_a_template_that_asks_in_another_form_than_it_answers_is_refused(tokenizer: Any):
     tokenizer.chat_template = THINKING
-    with pytest.raises(ValueError, match=r"differently once it is answered.*<no thoughts>.*\[assistant\]3"):
-        example_tokens(tokenizer, ROWS["messages"], "chat")
+    with pytest.raises(
+        ValueError, match=r"^chats.jsonl, line 7: .*differently once it is answered.*<no thoughts>.*\[assistant\]3"
+    ):
+        example_tokens(tokenizer, ROWS["messages"] | {"place": "chats.jsonl, line 7"}, "chat")
 
 
 def test_a_template_that_refuses_messages_says_why(tokenizer: Any):
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    with pytest.raises(ValueError, match="refuses the messages: no system role here"):
-        prompt_tokens(tokenizer, prompt_of(ROWS["messages"], "chat"))
+    with pytest.raises(ValueError, match=r"^chats.jsonl, line 7: .*refuses the messages: no system role here"):
+        prompt_tokens(tokenizer, prompt_of(ROWS["messages"] | {"place": "chats.jsonl, line 7"}, "chat"))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="needs a chat template, and this tokenizer has none"):
         prompt_tokens(tokenizer, prompt_of(ROWS["messages"], "chat"))

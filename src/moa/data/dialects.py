@@ -2,7 +2,8 @@
 
 The common form is a dict of strings: ``instruction``, ``input``, ``output`` (the text to learn) and ``answer`` (the
 gold answer, empty if the source has none). Rows with a ``prompt`` of their own keep it in place of an instruction. Chat
-rows keep their ``messages``, and under ``columns`` whatever else the row has for a chat template to read.
+rows keep their ``messages``, under ``columns`` whatever else the row has for a chat template to read, and as ``place``
+where they were read, since a template may refuse them later.
 
 Rules for all dialects: a field that is null or not a number (NaN) is absent; a row without a question or without an
 answer is refused; so are text that UTF-8 cannot hold and numbers that are not finite.
@@ -38,22 +39,34 @@ _METHOD = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
 _SETTINGS = frozenset(_METHOD.parameters) - {"tools", "documents"}
 
 
-def convert(fields: Mapping[str, Any], *, split: str) -> Row:
+def convert(fields: Mapping[str, Any], *, split: str, place: str) -> Row:
     """One raw row in the common form.
 
     Args:
         fields: the row as it was read.
         split: ``"test"`` rows may do without an output, all others need one to learn from.
+        place: where it was read, for messages.
 
     Raises:
-        ValueError: fields of no known dialect, of the wrong type, or empty; says which were found and needed.
+        ValueError: fields of no known dialect, of the wrong type, or empty; says where, which were found and needed.
     """
+    try:
+        row = _converted(fields, split)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return row | {"place": place} if "messages" in row else row
+
+
+def _converted(fields: Mapping[str, Any], split: str) -> Row:
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"a row must be a JSON object, not {type(fields).__name__}")
     row = _dialect({name: value for name, value in _without_nan(fields).items() if value is not None})
     if split == "test":
         if not (row["answer"].strip() or row["output"].strip()):
             raise ValueError("neither an answer nor an output to compare with")
     elif not row["output"].strip() and not ("messages" in row and row["messages"][-1].get("tool_calls")):
-        raise ValueError("the field 'output' is empty: there is nothing to learn")
+        name = "completion" if "prompt" in row else "output"
+        raise ValueError(f"the field {name!r} is empty: there is nothing to learn")
     return row
 
 

@@ -97,15 +97,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 def _from_file(file: Path, split: str) -> list[Row]:
     read = _lines if file.suffix == ".jsonl" else _items
-    rows = []
-    for place, fields in read(file):
-        try:
-            if not isinstance(fields, dict):
-                raise ValueError(f"a row must be a JSON object, not {type(fields).__name__}")
-            rows.append(convert(fields, split=split))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    return rows
+    return [convert(fields, split=split, place=place) for place, fields in read(file)]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -119,6 +111,8 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}, after line {number}: not UTF-8 text ({error.reason})") from None
+        except ValueError as error:  # a number of too many digits
+            raise ValueError(f"{file}, line {number}: {error}") from None
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
@@ -129,6 +123,8 @@ def _items(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}){hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{file}: a .json data set must be a list of objects, not {type(rows).__name__}")
     for number, fields in enumerate(rows, start=1):
@@ -144,13 +140,10 @@ def _from_hub(source: str, split: str) -> list[Row]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{source!r} is no local path and could not be loaded from the hub: {reason}") from error
-    rows = []
-    for number, fields in enumerate(loaded, start=1):
-        try:
-            rows.append(convert(_without_nulls(fields), split=split))
-        except ValueError as error:
-            raise ValueError(f"{source}, {split} row {number}: {error}") from None
-    return rows
+    return [
+        convert(_without_nulls(fields), split=split, place=f"{source}, {split} row {number}")
+        for number, fields in enumerate(loaded, start=1)
+    ]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -62,10 +62,12 @@ class Chat:
     Attributes:
         messages: dicts with ``role`` and ``content``, the last one not the assistant's.
         columns: what else the template may read, such as ``tools``, by name.
+        place: where it was read, for messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
 
 
 Prompt = str | Chat
@@ -84,7 +86,7 @@ def prompt_of(row: Mapping[str, Any], template: str) -> Prompt:
     """
     check_choice("template", template, TEMPLATE_NAMES)
     if "messages" in row:
-        return Chat(row["messages"][:-1], row.get("columns", {}))
+        return Chat(row["messages"][:-1], row.get("columns", {}), row.get("place", ""))
     if "prompt" in row:
         return str(row["prompt"])
     if template == CHAT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moa.data.dialects import check_text
@@ -46,7 +47,7 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
     Raises:
         ValueError: as `prompt_tokens`.
     """
-    text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt.messages, prompt.columns, True)
+    text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, ask=True)
     check_text("the prompt", text)
     return text
 
@@ -82,7 +83,7 @@ def end_of_turn(tokenizer: Any) -> set[int]:
     if not tokenizer.chat_template:
         return set()
     try:
-        answered = _render(tokenizer, _PROBE, {}, False)
+        answered = _render(tokenizer, Chat(_PROBE), ask=False)
     except ValueError:  # a template for other conversations than this
         return set()
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -123,32 +124,34 @@ def _with_end(tokenizer: Any, answer: list[int]) -> list[int]:
 
 
 def _chat_answer(tokenizer: Any, prompt: Chat, answer: Mapping[str, Any], asked: str) -> str:
-    answered = _render(tokenizer, [*prompt.messages, answer], prompt.columns, False)
+    answered = _render(tokenizer, replace(prompt, messages=[*prompt.messages, answer]), ask=False)
     if not answered.startswith(asked):
         common = next(i for i, pair in enumerate(zip(asked, answered + "\0", strict=False)) if pair[0] != pair[1])
         raise ValueError(
-            "the chat template writes this prompt differently once it is answered, so the model would be asked in "
-            f"another form than it learned: it ends {asked[common - 20 :]!r} when asked and goes on "
+            f"{_at(prompt)}the chat template writes this prompt differently once it is answered, so the model would be "
+            f"asked in another form than it learned: it ends {asked[common - 20 :]!r} when asked and goes on "
             f"{answered[common - 20 : common + 40]!r} when answered. Change the template, or give rows with 'prompt' "
             "and 'completion'"
         )
     return answered[len(asked) :]
 
 
-def _render(tokenizer: Any, messages: Any, columns: Mapping[str, Any], ask: bool) -> str:
+def _render(tokenizer: Any, chat: Chat, *, ask: bool) -> str:
+    """``ask``: up to where the assistant begins, for messages that it did not end."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise ValueError("a chat needs a chat template, and this tokenizer has none")
+        raise ValueError(f"{_at(chat)}a chat needs a chat template, and this tokenizer has none")
+    template = tokenizer.get_chat_template(tools=chat.columns.get("tools"))
+    for name in ("tools", "documents"):
+        if chat.columns.get(name) and not re.search(rf"\b{name}\b", template):
+            raise ValueError(f"{_at(chat)}the row has {name!r}, which the tokenizer's chat template does not read")
+    settings = {"add_generation_prompt": ask, "tokenize": False, "chat_template": template}
     try:
-        template = tokenizer.get_chat_template(tools=columns.get("tools"))
-        for name in ("tools", "documents"):
-            if columns.get(name) and not re.search(rf"\b{name}\b", template):
-                raise ValueError(f"the row has {name!r}, which the tokenizer's chat template does not read")
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=ask, tokenize=False, chat_template=template, **columns
-            )
-        )
+        return str(tokenizer.apply_chat_template(list(chat.messages), **settings, **chat.columns))
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        raise ValueError(f"{_at(chat)}the tokenizer's chat template refuses the messages: {error}") from error
+
+
+def _at(chat: Chat) -> str:
+    return f"{chat.place}: " if chat.place else ""

@@ -94,13 +94,7 @@ def _examples(rows: Sequence[dict[str, Any]], recipe: Recipe, tokenizer: Any) ->
     Raises:
         ValueError: a row that the template cannot take, or ``max_length`` leaves no answer.
     """
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            examples.append(example_tokens(tokenizer, row, recipe.data.template))
-        except ValueError as error:
-            where = f"data.train, row {number} of {len(rows)} (answer {row['output'][:40]!r})"
-            raise ValueError(f"{where}: {error}") from None
+    examples = [example_tokens(tokenizer, row, recipe.data.template) for row in rows]
     if not any(len(example.prompt) < recipe.data.max_length for example in examples):
         raise ValueError(
             f"data.max_length={recipe.data.max_length} is shorter than every prompt: no answer is left to learn"
