@@ -308,6 +308,20 @@ def test_weights_that_are_not_finite_are_not_saved(recipe, monkeypatch):
     assert [path.name for path in checkpoints(Path(recipe.output))] == ["checkpoint-2"]
 
 
+def test_resuming_on_other_data_of_the_same_name_is_refused(recipe, tmp_path, tiny_rows):
+    rows = Path(shutil.copy(tiny_rows, tmp_path / "rows.jsonl"))
+    recipe.data.train, recipe.max_steps = [str(rows)], 2
+    sft.train(recipe)
+    recipe.max_steps = 3
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([*lines[1:], lines[0]]))
+    with pytest.raises(ValueError, match=r"cannot resume on other data.*checkpoint-2"):
+        sft.train(recipe, resume=True)
+    rows.write_text("\ufeff" + "".join(lines))  # the same rows
+    sft.train(recipe, resume=True)
+    assert last_complete(Path(recipe.output)).name == "checkpoint-3"
+
+
 def test_training_may_go_on_longer_than_planned(unbroken, recipe):
     shutil.copytree(unbroken, recipe.output)
     recipe.max_steps = STEPS + 1

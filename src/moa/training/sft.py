@@ -18,7 +18,7 @@ from moa.data import example_tokens, form_of, load_rows
 from moa.data.tokens import Tokens, check_template
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
-from moa.training.callbacks import LogFile, StopOnInterrupt
+from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
 from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
 from moa.training.output import check_output, check_same, clear_output, move_into
@@ -60,8 +60,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
     check_template(tokenizer, recipe.data.template, recipe.base)
     examples = _examples(rows, recipe, tokenizer)
-    interrupt = StopOnInterrupt()
-    trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt])
+    interrupt, data = StopOnInterrupt(), SameData.of(examples)
+    if checkpoint:
+        data.check(checkpoint)
+    trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
     if trainer.is_world_process_zero():
         _tell_sizes(trainer, examples, recipe.data.max_length)
     if trainer.is_world_process_zero():
