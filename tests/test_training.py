@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -25,6 +27,7 @@ from moa.data import prompt_of, prompt_text, prompt_tokens
 from moa.evaluation import models
 from moa.training import sft
 from moa.training.base import load_adapter, load_base
+from moa.training.beside import beside
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
 from moa.training.recipe import Recipe
 from moa.training.stops import Diverged, Interrupted, TrainingStopped
@@ -398,6 +401,28 @@ def test_an_adapter_without_a_recipe_is_asked_in_the_usual_form_with_a_note(reci
     capsys.readouterr()
     assert models.load(str(run)).template == "alpaca"
     assert "no recipe.yaml with the adapter" in capsys.readouterr().err
+
+
+def test_what_lies_beside_an_adapter_on_the_hub_is_found(monkeypatch, tmp_path):
+    recipe = make_recipe(Path("base"), Path("rows.jsonl"), tmp_path)
+    recipe.save(tmp_path)
+    there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="recipe.yaml")])
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: there)
+    monkeypatch.setattr("moa.training.beside.hf_hub_download", lambda adapter, name: str(tmp_path / name))
+    assert beside("owner/adapter", "recipe.yaml") == tmp_path / "recipe.yaml"
+    assert beside("owner/adapter", "spans.json") is None
+    assert models._trained_with("owner/adapter") == "short"
+
+
+def test_without_the_hub_what_was_fetched_before_is_found(monkeypatch, tmp_path):
+    def unreachable(self, name, timeout):
+        raise ConnectionError
+
+    assert beside("owner/adapter/deeper", "recipe.yaml") is None
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert beside("owner/adapter", "recipe.yaml") is None
+    monkeypatch.setattr("moa.training.beside.try_to_load_from_cache", lambda adapter, name: str(tmp_path / name))
+    assert beside("owner/adapter", "recipe.yaml") == tmp_path / "recipe.yaml"
 
 
 def test_a_template_that_the_base_lacks_is_refused(recipe):
