@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from moa.data import example_of, prompt_of
+from moa.data.dialects import convert
 from moa.evaluation.accuracy import Result, evaluate, wilson
 from moa.evaluation.generation import generate
 from moa.evaluation.loss import answer_loss, answer_losses
@@ -33,11 +35,11 @@ def lively(tiny_llama: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def answering(lively: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model, made to continue each prompt of `ROWS` with the number of its x's, then to stop."""
+    """The model, made to continue each prompt of `ROWS` with the number of its x's and, after a heading, to go on."""
 
     def reply(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         texts = tiny_tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        answers = [f" It is {text.count('x')}.</s>### Instruction: 7" for text in texts]
+        answers = [f" It is {text.count('x')}." + ("\n\n### Instruction: 7" if "###" in text else "") for text in texts]
         ids = [tiny_tokenizer(answer)["input_ids"] for answer in answers]
         longest = max(map(len, ids))
         return torch.cat([input_ids, torch.tensor([row + [0] * (longest - len(row)) for row in ids])], dim=1)
@@ -114,11 +116,72 @@ def test_no_rows_is_an_error(lively: Any, tiny_tokenizer: Any):
         answer_loss(lively, tiny_tokenizer, [], template="short")
 
 
-def test_chat_messages_are_refused_when_they_are_loaded(tmp_path: Path):
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
-    with pytest.raises(ValueError, match="chat messages cannot be evaluated or"):
-        load_sets(str(tmp_path / "chat.jsonl"))
+@pytest.fixture
+def chatty(tiny_tokenizer: Any) -> Any:
+    """The tokenizer with a chat template."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def test_chats_are_asked_through_the_chat_template_and_compared_with_their_last_message(
+    answering: Any, chatty: Any, tmp_path: Path
+):
+    chats = [[{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": "1"}] for row in ROWS]
+    rows = [{"messages": chat, "answer": row["answer"]} for chat, row in zip(chats, ROWS, strict=True)]
+    del rows[0]["answer"]  # 3 is not "1"
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data,) = load_sets(str(tmp_path / "chat.jsonl"))
+    result = evaluate(answering, chatty, data.rows, template="alpaca", kind=data.kind)
+    assert data.kind == "number"
+    assert [item.prompt for item in result.items[:2]] == [
+        "[user]xxx</s>[assistant]",
+        f"[user]{'x' * 40}</s>[assistant]",
+    ]
+    assert [item.correct for item in result.items] == [False] + [True] * 8
+
+
+def test_an_instruction_may_be_asked_through_the_chat_template(answering: Any, chatty: Any):
+    result = evaluate(answering, chatty, ROWS, template="chat")
+    assert result.items[0].prompt == "[user]xxx</s>[assistant]"
+    assert result.accuracy == 1.0
+
+
+@pytest.mark.parametrize("template", ["short", "chat"])
+def test_published_gold_answers_are_right_when_they_are_given(
+    lively: Any, chatty: Any, template: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In the form of GSM8K: reasoning with other numbers, then ``#### 42``; a heading after it is no answer."""
+    golds = ["42", "1,002", "-7", "0.5", "18"]
+    texts = [f" She has {n} of <<{n}*2={2 * n}>>{2 * n}.\n#### {gold}" for n, gold in enumerate(golds, start=90)]
+    rows = [{"question": f"How many, {n}?", "answer": text.strip()} for n, text in enumerate(texts)]
+    file = [convert(row, split="test", place="here") for row in rows]
+    assert [row["answer"] for row in file] == golds
+
+    def reply(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        (asked,) = chatty.batch_decode(input_ids, skip_special_tokens=True)
+        place = next(n for n, row in enumerate(rows) if row["question"] in asked)
+        after = "\n\n### Instruction:\nAdd 1 and 11" if template == "short" else ""
+        return torch.cat([input_ids, torch.tensor([chatty(texts[place] + after)["input_ids"]])], dim=1)
+
+    monkeypatch.setattr(lively, "generate", reply)
+    result = evaluate(lively, chatty, file, template=template, batch_size=1)
+    assert [item.answer for item in result.items] == ["42", "1002", "-7", "0.5", "18"]
+    assert result.accuracy == 1.0
+
+
+def test_a_chat_may_have_headings_in_its_answer(lively: Any, chatty: Any, monkeypatch: pytest.MonkeyPatch):
+    text = "### Step 1\n4 and 5\n### Result\n9"
+    monkeypatch.setattr(
+        lively,
+        "generate",
+        lambda input_ids, **_: torch.cat([input_ids, torch.tensor([chatty(text)["input_ids"]])], dim=1),
+    )
+    row = {"instruction": "4 + 5?", "input": "", "output": "9", "answer": "9"}
+    assert evaluate(lively, chatty, [row], template="chat").accuracy == 1.0
 
 
 def test_answer_loss_is_the_mean_over_answer_tokens(lively: Any, tiny_tokenizer: Any):

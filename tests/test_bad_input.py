@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,21 +125,43 @@ def test_a_mistake_shows_its_trace_only_when_asked():
     complaint(["train", "nothing-of-this-name"])
 
 
-def test_a_bug_shows_its_trace_and_how_to_report_it(monkeypatch):
-    monkeypatch.setattr(Recipe, "load", lambda *args: [][0])
+@pytest.mark.parametrize(
+    ("bug", "shown"),
+    [
+        (lambda *args: [][0], "IndexError"),
+        (lambda *args: dict(zip("ab", "c", strict=True)), "ValueError"),
+        (lambda *args: torch.zeros(2).view(dtype="no dtype"), "TypeError"),
+        (lambda *args: json.loads("{"), "JSONDecodeError"),
+    ],
+)
+def test_a_bug_shows_its_trace_and_how_to_report_it(monkeypatch, bug, shown):
+    monkeypatch.setattr(Recipe, "load", bug)
     result = CliRunner().invoke(app, ["train", "embedded-soft-moa"])
     assert result.exit_code == 1
-    assert "IndexError" in result.output
+    assert shown in result.output
+    assert "Traceback" in result.output
     assert "moa env" in result.output
 
 
 @pytest.mark.slow
 def test_a_real_process_says_the_same(command):
-    run = [sys.executable, "-c", "from moa.cli import app; app()"]
+    run = [sys.executable, "-m", "moa_command"]
     result = subprocess.run([*run, *command, "--sede", "1"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("moa: embedded-soft-moa.yaml: recipes have no key 'sede'")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "policy"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_of_the_command_sleep_unless_told_otherwise(given, policy):
+    """OpenMP shows, on request, what it read from the environment when torch loaded it."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    command = [sys.executable, "-m", "moa_command", "env"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"OMP_WAIT_POLICY *= *'{policy}'", result.stderr, re.IGNORECASE)
 
 
 # Output folders
@@ -162,6 +185,33 @@ def test_a_finished_run_is_kept_replaced_or_continued(command, tmp_path):
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
     assert CliRunner().invoke(app, [*command, "--overwrite", "--seed", "1"]).exit_code == 0
     assert (tmp_path / "run" / WEIGHTS).read_bytes() != before
+
+
+def test_nothing_of_an_earlier_run_survives_being_replaced(command, tmp_path, tiny_llama):
+    run, plan = tmp_path / "run", tmp_path / "plan.json"
+    moa.SpanPlan.uniform(2, 2, beta=0.5).save(plan)
+    assert CliRunner().invoke(app, [*command, "--spans", str(plan)]).exit_code == 0
+    first = {path.name for path in run.iterdir()}
+    assert "spans.json" in first
+    (run / "accuracy_after.json").write_text("{}")
+    (run / "runs").mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+    assert {path.name for path in run.iterdir()} == first - {"spans.json"} | {"thesis.tex"}
+
+
+def test_resuming_compares_what_a_plan_says_and_not_where_it_lies(command, tmp_path):
+    plan, copy, other = (tmp_path / f"{name}.json" for name in ("plan", "copy", "other"))
+    moa.SpanPlan.uniform(2, 2, beta=0.5).save(plan)
+    moa.SpanPlan.uniform(2, 2, beta=0.75).save(other)
+    copy.write_bytes(plan.read_bytes())
+    assert CliRunner().invoke(app, [*command, "--spans", str(plan)]).exit_code == 0
+    result = CliRunner().invoke(app, [*command, "--spans", str(copy), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert "another one" in complaint([*command, "--spans", str(other), "--resume"])
+    assert "now names none" in complaint([*command, "--resume"])
+    plan.write_bytes(other.read_bytes())
+    assert "cannot resume with another setting" in complaint([*command, "--spans", str(plan), "--resume"])
 
 
 def test_output_that_is_a_file(command, tmp_path):

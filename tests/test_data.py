@@ -101,7 +101,8 @@ def test_bundled_tasks_share_the_limit():
         ('{"instruction": ["i"], "output": "o"}', "line 2: the field 'instruction' must be text"),
         ('{"instruction": "i", ', "line 2: not JSON"),
         ("[1]", "line 2: a row must be a JSON object, not list"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', "line 2: the field 'messages' must list"),
+        ('{"instruction": ' + "9" * 5000 + "}", "line 2: Exceeds the limit"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "line 2: the field 'messages' must list at least two"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
@@ -110,6 +111,139 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(str(file), split="train")
     assert str(file) in str(caught.value)
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+NO_TEXT = "half \ud83d of it"
+INFINITE = float("inf")
+BAD = [
+    # Missing values: absent in every dialect, never the words "None" or "nan".
+    ({"instruction": None, "output": "o"}, "found the fields"),
+    ({"instruction": float("nan"), "output": "o"}, "found the fields"),
+    ({"instruction": "i", "output": float("nan")}, "found the fields"),
+    ({"instruction": "i", "output": None, "answer": "4"}, "the field 'output' is empty"),
+    ({"question": "q", "answer": None}, "found the fields"),
+    ({"Body": "b", "Question": "q", "Answer": float("nan")}, "found the fields"),
+    ({"prompt": "p", "completion": None}, "found the fields"),
+    ({"messages": None}, "found the fields"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, r"'messages\[1\]' must have a 'content' of text"),
+    ({"messages": [USER, {"role": "assistant", "content": float("nan")}]}, r"messages\[1\]' must have a 'content'"),
+    # Empty answers and questions.
+    ({"instruction": "i", "output": " \n"}, "the field 'output' is empty"),
+    ({"question": "q", "answer": " "}, "the field 'answer' is empty"),
+    ({"question": "q", "answer": "so it is\n#### "}, "the field 'answer' has nothing after its '####'"),
+    ({"Body": "b", "Question": "q", "Answer": ""}, "the field 'Answer' is empty"),
+    ({"prompt": "p", "completion": "\n"}, "the field 'completion' is empty"),
+    ({"prompt": " ", "completion": "c"}, "the field 'prompt' is empty"),
+    ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"the field 'messages\[1\].content' is empty"),
+    ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, r"the field 'messages\[0\].content' is empty"),
+    # Numbers that are none.
+    ({"instruction": "i", "output": INFINITE}, "the field 'output' is inf, which is no finite number"),
+    ({"question": "q", "answer": -INFINITE}, "the field 'answer' is -inf"),
+    ({"Body": "b", "Question": "q", "Answer": INFINITE}, "the field 'Answer' is inf"),
+    ({"prompt": "p", "completion": INFINITE}, "the field 'completion' is inf"),
+    ({"messages": [USER, ASSISTANT], "tools": [{"top": [INFINITE]}]}, r"'columns.tools\[0\].top\[0\]' is inf"),
+    # Text that no file can hold.
+    ({"instruction": NO_TEXT, "output": "o"}, r"'instruction' has half of a surrogate pair, '\\ud83d' at character 6"),
+    ({"question": "q", "answer": NO_TEXT}, "'answer' has half of a surrogate pair"),
+    ({"Body": NO_TEXT, "Question": "q", "Answer": 1}, "'Body' has half of a surrogate pair"),
+    ({"prompt": "p", "completion": NO_TEXT}, "'completion' has half of a surrogate pair"),
+    ({"messages": [USER, ASSISTANT | {"content": NO_TEXT}]}, r"'messages\[1\].content' has half of a surrogate pair"),
+    ({"messages": [USER, ASSISTANT | {NO_TEXT: "x"}]}, "has half of a surrogate pair"),
+    # Columns that only a chat template reads.
+    ({"instruction": "i", "output": "o", "tools": [{"name": "f"}]}, "'tools' is read by chat templates alone"),
+    ({"prompt": "p", "completion": "c", "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is read by chat"),
+    ({"messages": [USER, ASSISTANT], "tools": "f(x)"}, "'tools' is text but not JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": {"name": "f"}}, "'tools' must be a list, not dict"),
+    ({"messages": [USER, ASSISTANT], "documents": ["text"]}, "'documents' must list objects"),
+    ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": 1}}, "'tokenize' cannot be set by a row"),
+    ({"messages": [USER, ASSISTANT], "chat_template": "{{ x }}"}, "'chat_template' cannot be set by a row"),
+    # Chats that are none.
+    ({"messages": [ASSISTANT, USER]}, "the last message is from 'user'"),
+    ({"messages": [USER, {"content": "a"}]}, r"'messages\[1\]' must have a 'role'"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(("fields", "message"), BAD)
+def test_the_rules_hold_in_every_dialect(tmp_path, suffix, fields, message):
+    file = tmp_path / f"train{suffix}"
+    good = {"instruction": "i", "output": "o"}
+    if suffix == ".jsonl":
+        write(file, good, fields)
+    else:
+        file.write_text(json.dumps([good, fields]))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_rows(str(file), split="train")
+    assert f"{file}, {'line' if suffix == '.jsonl' else 'row'} 2: " in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_what_is_missing_is_absent(tmp_path, missing):
+    good = [
+        {"instruction": "i", "input": missing, "output": "o", "answer": missing, "messages": missing, "tools": missing},
+        {"prompt": "i", "completion": "o", "answer": missing, "chat_template_kwargs": missing},
+        {"messages": [USER | {"name": None}, ASSISTANT], "tools": missing, "documents": missing, "mood": missing},
+    ]
+    first, second, third = load_rows(str(write(tmp_path / "a.jsonl", *good)), split="train")
+    assert first == {"instruction": "i", "input": "", "output": "o", "answer": ""}
+    assert second == {"prompt": "i", "output": "o", "answer": ""}
+    assert third.pop("place") == f"{tmp_path / 'a.jsonl'}, line 3"
+    assert third == {"messages": [USER, ASSISTANT], "output": "a", "answer": ""}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_answer_to_compare_with_is_refused(tmp_path, split):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    file = write(tmp_path / "a.jsonl", {"messages": [USER, call], "tools": "[]"})
+    if split == "train":  # a call is something to learn
+        assert load_rows(str(file), split=split)[0]["messages"] == [USER, call]
+        return
+    with pytest.raises(ValueError, match="line 1: neither an answer nor an output"):
+        load_rows(str(file), split=split)
+
+
+def test_what_a_chat_template_may_read_is_kept(tmp_path):
+    tools = [{"name": "f"}]
+    fields = {"messages": [USER, ASSISTANT], "answer": 4.0, "chat_template_kwargs": '{"thinking": false}', "tag": "x"}
+    file = write(tmp_path / "a.jsonl", fields | {"tools": tools}, fields | {"tools": json.dumps(tools)})
+    for row in load_rows(str(file), split="train"):
+        assert row["columns"] == {"tools": tools, "thinking": False, "tag": "x"}
+        assert row["answer"] == "4"
+
+
+def test_a_table_has_null_where_a_row_has_nothing(monkeypatch):
+    import datasets
+
+    schema = {"type": "object", "properties": {"x": None, "y": {"type": "int"}}}
+    rows = [{"messages": [USER | {"tool_calls": None}, ASSISTANT], "tools": [{"name": "f", "schema": schema}]}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    (row,) = load_rows("owner/name", split="train")
+    assert row["messages"] == [USER, ASSISTANT]
+    assert row["columns"]["tools"][0]["schema"]["properties"] == {"y": {"type": "int"}}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_byte_order_mark_is_no_content(tmp_path, suffix):
+    row = {"instruction": "añb", "output": "c"}
+    text = json.dumps(row, ensure_ascii=False) + "\r\n" if suffix == ".jsonl" else json.dumps([row])
+    file = tmp_path / f"train{suffix}"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_rows(str(file), split="train")[0]["instruction"] == "añb"
+
+
+def test_a_task_gives_what_it_has_and_says_so(capsys):
+    rows = load_rows("tasks:fact_choice", split="test")
+    assert 900 < len({row["instruction"] for row in rows}) == len(rows) < 1000
+    assert f"task 'fact_choice' has {len(rows)} distinct test rows, fewer than 1000: all are taken" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("limit", [0, 2.5])
+def test_a_limit_is_a_whole_number(limit):
+    with pytest.raises(ValueError, match=f"limit={limit} "):
+        load_rows("tasks:all", split="train", limit=limit)
 
 
 def test_empty_data_is_an_error(tmp_path):

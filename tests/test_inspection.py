@@ -584,7 +584,7 @@ def test_mistakes_are_named(adapters: dict[str, Path], tiny_rows: Path, tmp_path
         ((adapters["plain"], "--data", tiny_rows), "of the PEFT method 'LORA', not a Mixture of Adapters"),
         ((tmp_path / "nowhere", "--data", tiny_rows), "there is no adapter"),
         ((adapters["mixed"], "--data", empty), "the data set is empty"),
-        ((adapters["mixed"], "--data", chat), "chat messages cannot be evaluated or inspected"),
+        ((adapters["mixed"], "--data", chat), "a chat needs a chat template, and this tokenizer has none"),
         ((adapters["mixed"], "--data", long), "none of the 1 rows fits into the model's context of 512 tokens"),
         ((adapters["mixed"], "--data", tiny_rows, "--output", tmp_path / "page.pdf"), "must end in .html"),
     ]:

@@ -422,7 +422,7 @@ def test_help_suffices_and_mistakes_are_named(tree, tmp_path):
 
 
 def bench(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from moa.cli import app; app()", "bench", *arguments]
+    return [sys.executable, "-m", "moa_command", "bench", *arguments]
 
 
 def wait_for(condition: Any, seconds: float = 240) -> Any:

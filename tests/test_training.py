@@ -9,23 +9,36 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationMixin, TrainerCallback
 from trl import SFTTrainer
+from typer.testing import CliRunner
 
 from moa.adapters import auxiliary
+from moa.cli import app
+from moa.data import prompt_of, prompt_text, prompt_tokens
+from moa.evaluation import models
 from moa.training import sft
 from moa.training.base import load_adapter, load_base
+from moa.training.beside import beside
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
 from moa.training.recipe import Recipe
 from moa.training.stops import Diverged, Interrupted, TrainingStopped
 from moa.training.trainer import Trainer
 
 STEPS = 7  # of five to an epoch, so that resuming crosses from one epoch into the next
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture
@@ -298,6 +311,20 @@ def test_weights_that_are_not_finite_are_not_saved(recipe, monkeypatch):
     assert [path.name for path in checkpoints(Path(recipe.output))] == ["checkpoint-2"]
 
 
+def test_resuming_on_other_data_of_the_same_name_is_refused(recipe, tmp_path, tiny_rows):
+    rows = Path(shutil.copy(tiny_rows, tmp_path / "rows.jsonl"))
+    recipe.data.train, recipe.max_steps = [str(rows)], 2
+    sft.train(recipe)
+    recipe.max_steps = 3
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([*lines[1:], lines[0]]))
+    with pytest.raises(ValueError, match=r"cannot resume on other data.*checkpoint-2"):
+        sft.train(recipe, resume=True)
+    rows.write_text("\ufeff" + "".join(lines))  # the same rows
+    sft.train(recipe, resume=True)
+    assert last_complete(Path(recipe.output)).name == "checkpoint-3"
+
+
 def test_training_may_go_on_longer_than_planned(unbroken, recipe):
     shutil.copytree(unbroken, recipe.output)
     recipe.max_steps = STEPS + 1
@@ -313,10 +340,150 @@ def test_bfloat16_base_keeps_float32_adapters(recipe):
 
 def test_chat_messages_are_learned_through_the_chat_template(recipe, tiny_base, tiny_tokenizer, tmp_path):
     folder = Path(shutil.copytree(tiny_base, tmp_path / "chat"))
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     recipe.base, recipe.max_steps, recipe.data.train = str(folder), 1, [str(chat_rows(tmp_path))]
-    assert (sft.train(recipe) / WEIGHTS).exists()
+    run = sft.train(recipe)
+    assert (run / WEIGHTS).exists()
+    assert Recipe.load(run / "recipe.yaml").data.template == "chat"
+    for adapter in (run, run / "checkpoint-1"):
+        loaded = models.load(str(adapter))
+        asked = prompt_text(loaded.tokenizer, prompt_of({"instruction": "hi"}, loaded.template))
+        assert asked == "[user]hi</s>[assistant]"
+    recipe.max_steps = 2
+    sft.train(recipe, resume=True)
+
+
+def test_the_command_line_asks_in_the_form_of_training(recipe, tiny_base, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "chat"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    recipe.base, recipe.max_steps, recipe.data.train = str(folder), 1, [str(chat_rows(tmp_path))]
+    run = str(sft.train(recipe))
+    read = []
+
+    def reply(self, input_ids, **kwargs):
+        read.append(load_base(str(folder))[1].decode(input_ids[0]))
+        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], 2)], dim=1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", reply)
+    for arguments, lines in [
+        (["generate", run, "hi"], None),
+        (["generate", run], "\ufeffhi\n\n"),
+        (["generate", "-", "hi", "--base", str(folder)], None),
+        (["eval", run, "--data", recipe.data.train[0]], None),
+        (["eval", run, "--data", str(instructions(tmp_path))], None),
+        (["inspect", run, "--data", recipe.data.train[0], "--output", str(tmp_path / "page.html")], None),
+    ]:
+        result = CliRunner().invoke(app, arguments, input=lines)
+        assert result.exit_code == 0, result.output
+        assert read == ["[user]hi</s>[assistant]"], arguments
+        read.clear()
+    assert CliRunner().invoke(app, ["generate", run, "hi", "--template", "none"]).exit_code == 0
+    assert read == ["hi"]
+
+
+def instructions(folder: Path) -> Path:
+    file = folder / "instructions.jsonl"
+    file.write_text(json.dumps({"instruction": "hi", "output": "ho"}) + "\n")
+    return file
+
+
+def test_rows_with_prompts_of_their_own_are_remembered_as_such(recipe, tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) + "\n")
+    recipe.max_steps, recipe.data.train = 1, [str(rows)]
+    assert models.load(str(sft.train(recipe))).template == "none"
+
+
+def test_an_adapter_without_a_recipe_is_asked_in_the_usual_form_with_a_note(recipe, capsys):
+    recipe.max_steps = 1
+    run = sft.train(recipe)
+    (run / "recipe.yaml").unlink()
+    capsys.readouterr()
+    assert models.load(str(run)).template == "alpaca"
+    assert "no recipe.yaml with the adapter" in capsys.readouterr().err
+
+
+def test_what_lies_beside_an_adapter_on_the_hub_is_found(monkeypatch, tmp_path):
+    recipe = make_recipe(Path("base"), Path("rows.jsonl"), tmp_path)
+    recipe.save(tmp_path)
+    there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="recipe.yaml")])
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: there)
+    monkeypatch.setattr("moa.training.beside.hf_hub_download", lambda adapter, name: str(tmp_path / name))
+    assert beside("owner/adapter", "recipe.yaml") == tmp_path / "recipe.yaml"
+    assert beside("owner/adapter", "spans.json") is None
+    assert models._trained_with("owner/adapter") == "short"
+
+
+def test_without_the_hub_what_was_fetched_before_is_found(monkeypatch, tmp_path):
+    def unreachable(self, name, timeout):
+        raise ConnectionError
+
+    assert beside("owner/adapter/deeper", "recipe.yaml") is None
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert beside("owner/adapter", "recipe.yaml") is None
+    monkeypatch.setattr("moa.training.beside.try_to_load_from_cache", lambda adapter, name: str(tmp_path / name))
+    assert beside("owner/adapter", "recipe.yaml") == tmp_path / "recipe.yaml"
+
+
+def test_a_template_that_the_base_lacks_is_refused(recipe):
+    recipe.data.template = "chat"
+    with pytest.raises(ValueError, match="has no chat template"):
+        sft.train(recipe)
+    with pytest.raises(ValueError, match="has no chat template"):
+        models.load(base=recipe.base, template="chat")
+    with pytest.raises(ValueError, match=r"template='alpacca' is not one of .*did you mean 'alpaca'"):
+        models.load(base=recipe.base, template="alpacca")
+
+
+def test_training_reads_the_tokens_that_generation_reads(recipe, tmp_path, tiny_base, tiny_rows, monkeypatch):
+    """On a tokenizer that puts begin-of-text before and end-of-text behind every text."""
+    seen = []
+    original = Trainer.compute_loss
+    monkeypatch.setattr(
+        Trainer,
+        "compute_loss",
+        lambda self, model, inputs, *a, **k: (seen.append(dict(inputs)), original(self, model, inputs, *a, **k))[1],
+    )
+    recipe.base, recipe.max_steps = str(tmp_path / "base"), 1
+    shutil.copytree(tiny_base, recipe.base)
+    _, tokenizer = load_base(recipe.base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(recipe.base)
+    sft.train(recipe)
+    rows = [json.loads(line) for line in tiny_rows.read_text().splitlines()]
+    asked = [tuple(prompt_tokens(tokenizer, prompt_of(row, "short"))) for row in rows]
+    assert all(tokens[0] == 1 and 2 not in tokens for tokens in asked)
+    for batch in seen:
+        for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            start = next(place for place, label in enumerate(labels) if label != -100)
+            assert tuple(tokens[:start]) in asked
+            assert [label for label in labels if label != -100].count(2) == 1
+
+
+def test_what_is_cut_is_said(recipe, tmp_path, capsys):
+    rows = [{"prompt": "p" * n, "completion": "c" * 10} for n in (4, 8, 12, 40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.data.train, recipe.data.max_length, recipe.max_steps = [str(tmp_path / "rows.jsonl")], 16, 1
+    sft.train(recipe)
+    assert "data.max_length=16 drops 1 of 4 rows, whose prompt alone is that long, and cuts the answer of 2" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_base_that_is_packed_for_inference_is_refused(recipe, monkeypatch):
+    class State:
+        packing_format_for_cpu = True
+
+    def packed(*args, **kwargs):
+        model, tokenizer = load_base(*args, **kwargs)
+        model.get_submodule("model.layers.1.mlp.up_proj").weight.quant_state = State()
+        return model, tokenizer
+
+    monkeypatch.setattr(sft, "load_base", packed)
+    with pytest.raises(ValueError, match=r"4-bit weights of '.*layers\.1\.mlp\.up_proj.*' are packed for inference"):
+        sft.train(recipe)
 
 
 def chat_rows(folder: Path) -> Path:

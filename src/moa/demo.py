@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moa.adapters.telemetry import gate_values
-from moa.data.templates import prompt_of
+from moa.data import prompt_of, prompt_tokens
 from moa.evaluation.generation import generate, pad_left
 from moa.evaluation.models import load
 from moa.evaluation.results import Outcome, as_json, write
@@ -79,7 +79,7 @@ def mean_gates(adapter: Path, sets: Sequence[EvaluationSet], rows: int = 8) -> t
     """
     loaded = load(str(adapter))
     prompts = [prompt_of(row, loaded.template) for data in sets for row in data.rows[:rows]]
-    ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt_tokens(loaded.tokenizer, prompt) for prompt in prompts]
     tokens, mask = pad_left(ids, loaded.tokenizer.pad_token_id)
     device = loaded.model.device
     with torch.inference_mode(), gate_values(loaded.model) as record:

@@ -1,18 +1,23 @@
 """What the user sees when something fails.
 
-A mistake of the user's (ValueError, OSError) is one red message and exit code 2; a training that had to stop
-(`TrainingStopped`) likewise, with its own code; anything else is taken for a bug and keeps its trace.
+A mistake of the user's (a ValueError that moa raises on purpose, or an OSError) is one red message and exit code 2; a
+training that had to stop (`TrainingStopped`) likewise, with its own code. Anything else is taken for a bug and keeps
+its trace, ValueErrors of libraries and of built-ins such as ``zip(strict=True)`` among them.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
+
+_PACKAGE = Path(__file__).parents[1]
 
 USER_MISTAKE = 2
 BUG = 1
@@ -51,7 +56,7 @@ def report(error: Exception) -> int:
 
     if isinstance(error, TrainingStopped):
         code = error.exit_code
-    elif isinstance(error, ValueError | OSError):
+    elif isinstance(error, OSError) or (isinstance(error, ValueError) and _on_purpose(error)):
         code = USER_MISTAKE
     else:
         Console(stderr=True).print_exception()
@@ -61,6 +66,14 @@ def report(error: Exception) -> int:
         Console(stderr=True).print_exception()
     say(str(error) or type(error).__name__)
     return code
+
+
+def _on_purpose(error: Exception) -> bool:
+    """Whether a ``raise`` in moa made the error: then its message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not Path(frames[-1].filename).is_relative_to(_PACKAGE):
+        return False
+    return (frames[-1].line or "").startswith("raise ")
 
 
 def say(message: str, style: str = "red") -> None:

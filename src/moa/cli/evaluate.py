@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moa.cli.options import BaseOption, DtypeOption, SpansOption
+from moa.cli.options import BaseOption, DtypeOption, SpansOption, TemplateOption
 from moa.cli.tables import accuracy_table, progress_bar
 
 
@@ -28,9 +28,7 @@ def evaluate(
     spans: SpansOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows of each set, drawn at random.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for settings, accuracies and every answer.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Prompt template: alpaca or short. Default: what the adapter was trained with.")
-    ] = None,
+    template: TemplateOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer. Default: 256, 40 for true/false, labels and tasks:.")
     ] = None,

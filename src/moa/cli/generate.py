@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moa.cli.options import BaseOption, DtypeOption, SpansOption
+from moa.cli.options import BaseOption, DtypeOption, SpansOption, TemplateOption
+
+if TYPE_CHECKING:
+    from moa.data import Prompt
 
 
 def generate(
@@ -21,10 +24,7 @@ def generate(
     ] = None,
     base: BaseOption = None,
     spans: SpansOption = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="Prompt template: alpaca, short, or none. Default: what the adapter was trained with."),
-    ] = None,
+    template: TemplateOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. Above 0: sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -41,26 +41,26 @@ def generate(
     """
     import torch
 
-    from moa.data.templates import prompt_of
+    from moa.data import prompt_of
     from moa.evaluation import models
 
-    plain = template == "none"
     adapter = None if adapter == "-" else adapter
-    loaded = models.load(adapter, base, dtype=dtype, template=None if plain else template, spans=spans)
+    loaded = models.load(adapter, base, dtype=dtype, template=template, spans=spans)
     torch.manual_seed(seed)
     for instruction in _instructions() if prompt is None else [prompt]:
-        text = instruction if plain else prompt_of({"instruction": instruction}, loaded.template)
-        _answer(loaded.model, loaded.tokenizer, text, max_new_tokens, temperature)
+        asked = prompt_of({"instruction": instruction}, loaded.template)
+        _answer(loaded.model, loaded.tokenizer, asked, max_new_tokens, temperature)
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float) -> None:
+def _answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, temperature: float) -> None:
     """Stream the continuation of a prompt to standard output; it ends at the latest where the context does."""
     import torch
     from transformers import TextStreamer
 
+    from moa.data import prompt_tokens
     from moa.evaluation.generation import context, greedy
 
-    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    tokens = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
     room = context(model) - tokens.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {tokens.shape[1]} tokens, but the model's context is {context(model)}")
@@ -75,7 +75,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temper
 def _instructions() -> Iterator[str]:
     """Lines of standard input; at a terminal, asked for one by one until an empty line or Ctrl-D."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        lines = (line.removeprefix("\ufeff").strip() for line in sys.stdin)  # a file may begin with a byte order mark
+        yield from (line for line in lines if line)
         return
     print("Type an instruction; an empty line or Ctrl-D ends.")
     while True:

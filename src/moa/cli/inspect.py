@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from moa.cli.heatmap import heatmap
+from moa.cli.options import BaseOption, DtypeOption, TemplateOption
 from moa.cli.tables import progress_bar
 
 if TYPE_CHECKING:
@@ -21,12 +22,7 @@ def inspect(
     against: Annotated[
         str | None, typer.Option(help="A second adapter to show beside it, on the same rows.", metavar="ADAPTER")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model: a folder, owner/name on the hub, or embedded. Default: what the adapter was trained on."
-        ),
-    ] = None,
+    base: BaseOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,10 +39,8 @@ def inspect(
     output: Annotated[
         Path, typer.Option(help="The page; the numbers go beside it into a .json file of the same name.")
     ] = Path("report.html"),
-    template: Annotated[
-        str | None, typer.Option(help="Prompt template: alpaca or short. Default: what the adapter was trained with.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the random draw of rows.")] = 0,
 ) -> None:
     """Look into an adapter: gates, dead experts, who is strongest on which token, how alike the experts are.

@@ -15,6 +15,14 @@ BaseOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16 or float16.")]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Prompt template: alpaca, short, chat (the tokenizer's own), or none. Default: what the adapter was "
+        "trained with; for a base model its chat template, if it has one.",
+    ),
+]
 SpansOption = Annotated[
     str | None,
     typer.Option(

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa.adapters.choices import nearest
+from moa.adapters.choices import check_range, nearest
 from moa.data.dialects import Row, convert
 
 ROWS_PER_TASK = 1000
 """How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""
 
 _SUFFIXES = (".json", ".jsonl")
+_ENCODING = "utf-8-sig"  # tools on Windows begin files with a byte order mark
 
 
 def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
@@ -32,8 +33,8 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
         ValueError: a row that cannot be used (with file and line), a data set without rows, an unknown task.
         FileNotFoundError: no such file or folder; names near ones.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1")
+    if limit is not None:
+        check_range("limit", limit, low=1, whole=True)
     if source.startswith("tasks:"):
         return _bundled(source.removeprefix("tasks:"), split, limit, seed)
     rows = _local(Path(source).expanduser(), split) if _is_local(source) else _from_hub(source, split)
@@ -43,16 +44,26 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
 
 
 def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
-    from moa.tasks import TASKS, generate
+    from moa.tasks import TASKS
 
     tasks = list(TASKS) if names == "all" else [name.strip() for name in names.split(",")]
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")
     each = ROWS_PER_TASK if limit is None else -(-limit // len(tasks))
-    rows: list[Row] = [row | {"task": task} for task in tasks for row in generate(task, split, each, seed)]
+    rows: list[Row] = [row | {"task": task} for task in tasks for row in _of_task(task, split, each, seed)]
     random.Random(seed).shuffle(rows)
     return rows[:limit]
+
+
+def _of_task(task: str, split: str, number: int, seed: int) -> list[dict[str, str]]:
+    """So many rows, or all that the task has."""
+    from moa.tasks import TASKS
+
+    rows = TASKS[task].draw(split, number, seed)
+    if len(rows) < number:
+        print(f"note: task {task!r} has {len(rows)} distinct {split} rows, fewer than {number}: all are taken")
+    return rows
 
 
 def _is_local(source: str) -> bool:
@@ -86,19 +97,11 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 def _from_file(file: Path, split: str) -> list[Row]:
     read = _lines if file.suffix == ".jsonl" else _items
-    rows = []
-    for place, fields in read(file):
-        try:
-            if not isinstance(fields, dict):
-                raise ValueError(f"a row must be a JSON object, not {type(fields).__name__}")
-            rows.append(convert(fields, split=split))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    return rows
+    return [convert(fields, split=split, place=place) for place, fields in read(file)]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=_ENCODING) as lines:
         number = 0
         try:
             for number, line in enumerate(lines, start=1):
@@ -108,16 +111,20 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}, after line {number}: not UTF-8 text ({error.reason})") from None
+        except ValueError as error:  # a number of too many digits
+            raise ValueError(f"{file}, line {number}: {error}") from None
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding=_ENCODING))
     except json.JSONDecodeError as error:
         hint = "; one object a line is what .jsonl files hold" if error.msg == "Extra data" else ""
         raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}){hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{file}: a .json data set must be a list of objects, not {type(rows).__name__}")
     for number, fields in enumerate(rows, start=1):
@@ -133,10 +140,14 @@ def _from_hub(source: str, split: str) -> list[Row]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{source!r} is no local path and could not be loaded from the hub: {reason}") from error
-    rows = []
-    for number, fields in enumerate(loaded, start=1):
-        try:
-            rows.append(convert(fields, split=split))
-        except ValueError as error:
-            raise ValueError(f"{source}, {split} row {number}: {error}") from None
-    return rows
+    return [
+        convert(_without_nulls(fields), split=split, place=f"{source}, {split} row {number}")
+        for number, fields in enumerate(loaded, start=1)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested dicts without null: a table has every column in every row, and null where a row has none."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -12,16 +12,19 @@ other way; in float32 this was never seen.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moa.data.templates import prompt_of
+from moa.data.tokens import prompt_text
 from moa.evaluation.answers import extract, is_correct, kind_of
 from moa.evaluation.generation import generate
 
 Z95 = 1.959964
-HEADING = "### "  # a model that did not stop goes on with a task of its own making, which is not its answer
+# A model that did not stop goes on with a task of its own making, which is not its answer. "#### 42" is one, though.
+_HEADING = re.compile(r"(?<!#)### ")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def evaluate(
     Args:
         model: a causal language model, with or without an adapter; put into evaluation mode for the duration.
         tokenizer: the model's tokenizer.
-        rows: dicts with the fields of the template and ``answer``.
+        rows: from `moa.data.load_rows`: an instruction, a prompt or messages, and an answer or output.
         template: name of the prompt template the model was trained with.
         kind: kind of the answers, see `moa.evaluation.answers`; None finds it out from the gold answers.
         max_new_tokens: how long an answer may be.
@@ -93,6 +96,7 @@ def evaluate(
         raise ValueError("nothing to evaluate: the data set has no rows")
     golds = [gold_of(row) for row in rows]
     prompts = [prompt_of(row, template) for row in rows]
+    read = [prompt_text(tokenizer, prompt) for prompt in prompts]
     texts: list[str | None] = [None] * len(rows)
     for places, answers in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
         for place, answer in zip(places, answers, strict=True):
@@ -100,19 +104,12 @@ def evaluate(
         if progress is not None:
             progress(len(places))
     kind = kind or kind_of(golds)
-    return Result(kind, [_judge(kind, *item) for item in zip(prompts, golds, texts, strict=True)])
+    headed = [isinstance(prompt, str) for prompt in prompts]
+    return Result(kind, [_judge(kind, *item) for item in zip(read, golds, texts, headed, strict=True)])
 
 
 def gold_of(row: Mapping[str, Any]) -> str:
-    """A row's gold answer; its whole output where the source has no answers.
-
-    Raises:
-        ValueError: the row is a chat.
-    """
-    if "messages" in row:
-        raise ValueError(
-            "chat messages cannot be evaluated or inspected: give rows with a prompt or an instruction, and an output"
-        )
+    """A row's gold answer; its whole output, or the last message of a chat, where the source has no answers."""
     return str(row.get("answer") or row["output"]).strip()
 
 
@@ -124,8 +121,9 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _judge(kind: str, prompt: str, gold: str, text: str | None) -> Item:
+def _judge(kind: str, prompt: str, gold: str, text: str | None, headed: bool) -> Item:
+    """``headed``: the template has headings of its own, which no answer has; a chat's answer may."""
     if text is None:
         return Item(prompt, gold, None, None, False)
-    answer = text.partition(HEADING)[0]
+    answer = _HEADING.split(text, maxsplit=1)[0] if headed else text
     return Item(prompt, gold, text, extract(kind, answer), is_correct(kind, answer, gold))

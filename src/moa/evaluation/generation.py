@@ -1,8 +1,9 @@
 """Greedy generation for many prompts, in batches of similar length.
 
-Contract: prompts are padded on the left and never cut; the batches come longest first, so that an estimate of the
-time left errs on the careful side and too large a batch fails at once. Decoding is plain greedy: sampling and
-penalties of the model's own generation settings are switched off. A text ends before the end-of-text token.
+Contract: prompts are tokenised by `moa.data.tokens`, padded on the left and never cut; the batches come longest first,
+so that an estimate of the time left errs on the careful side and too large a batch fails at once. Decoding is plain
+greedy: sampling and penalties of the model's own generation settings are switched off. A text ends before the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from moa.adapters.choices import check_range
+from moa.data.templates import Prompt
+from moa.data.tokens import end_of_turn, prompt_tokens
+
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[str | None]]]:
     """Continue every prompt.
 
     Args:
         model: a causal language model; in evaluation mode while its batches run.
         tokenizer: the model's tokenizer; need not have a padding token.
-        prompts: texts, each tokenised with the tokenizer's own special tokens.
+        prompts: texts or chats, see `moa.data.prompt_of`.
         max_new_tokens: most tokens per continuation.
         batch_size: prompts per batch.
 
@@ -30,7 +35,9 @@ def generate(
         Places of a batch's prompts in ``prompts``, and their continuations; None for a prompt that leaves no room
         for ``max_new_tokens`` in the model's context.
     """
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    check_range("max_new_tokens", max_new_tokens, low=1, whole=True)
+    check_range("batch_size", batch_size, low=1, whole=True)
+    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     settings = greedy(model, tokenizer, max_new_tokens)
     room = context(model) - max_new_tokens
     too_long = [place for place, tokens in enumerate(ids) if len(tokens) > room]
@@ -72,9 +79,9 @@ def context(model: Any) -> int:
 
 
 def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding; what is set here overrules the model's own generation settings."""
+    """Plain greedy decoding up to end-of-text or the end of a turn; overrules the model's own generation settings."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *end_of_turn(tokenizer)} - {None}
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from moa.data.templates import example_of
+from moa.data.tokens import example_tokens
 from moa.evaluation.generation import batches, context
 
 
@@ -35,16 +35,14 @@ def answer_losses(
     """
     if not rows:
         raise ValueError("nothing to evaluate: the data set has no rows")
-    examples = [example_of(row, template) for row in rows]
-    prompts = [tokenizer(example["prompt"])["input_ids"] for example in examples]
-    whole = [tokenizer(example["prompt"] + example["completion"])["input_ids"] for example in examples]
-    whole = [[*tokens, tokenizer.eos_token_id] for tokens in whole]
+    examples = [example_tokens(tokenizer, row, template) for row in rows]
+    whole = [example.prompt + example.answer for example in examples]
     longest = max(map(len, whole))
     if longest > context(model):
         raise ValueError(f"a row has {longest} tokens, but the model's context is {context(model)}")
     found: dict[int, tuple[float, int]] = {}
     for places in batches(range(len(rows)), whole, batch_size):
-        losses = _batch_losses(model, [whole[p] for p in places], [len(prompts[p]) for p in places])
+        losses = _batch_losses(model, [whole[p] for p in places], [len(examples[p].prompt) for p in places])
         found |= zip(places, losses, strict=True)
     return [found[place] for place in range(len(rows))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
+from moa.adapters.choices import check_choice
 from moa.assets import EMBEDDED
+from moa.data.templates import CHAT, TEMPLATE_NAMES
+from moa.data.tokens import check_template
 from moa.spans import apply_spans
 from moa.training.base import adapter_base, load_adapter, load_base
+from moa.training.beside import beside
 from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.spans import plan_for_use
 
@@ -48,20 +53,24 @@ def load(
         base: folder, hub name or ``embedded``; None: what the adapter was trained on, or ``embedded``.
         dtype: of the base model, as in `moa.training.base.load_base`.
         spans: path of a span plan to attend by, ``none`` for dense attention; None: what the adapter was trained under.
-        template: None: what the adapter was trained with, or ``alpaca`` (``short`` for the embedded base).
+        template: one of `moa.data.TEMPLATE_NAMES`; None: what the adapter was trained with, or else the base's own chat
+            template, or ``alpaca`` if it has none (``short`` for the embedded base).
 
     Raises:
-        ValueError: model, adapter or dtype cannot be used.
+        ValueError: model, adapter, dtype or template cannot be used.
         FileNotFoundError: no such folder.
     """
+    if template is not None:
+        check_choice("template", template, TEMPLATE_NAMES)
     base = base or (_trained_on(adapter) if adapter else "embedded")
     plan = plan_for_use(adapter, spans)
     model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
-    template = template or (_trained_with(adapter) if adapter else None)
+    template = template or (_trained_with(adapter) if adapter else None) or _usual(base, tokenizer, adapter)
+    check_template(tokenizer, template, base)
     loaded: Any = load_adapter(model, adapter) if adapter else model
     if plan is not None:
         apply_spans(loaded, plan)
-    return Loaded(loaded.eval(), tokenizer, base, template or ("short" if base in EMBEDDED else "alpaca"))
+    return Loaded(loaded.eval(), tokenizer, base, template)
 
 
 def _trained_on(adapter: str) -> str:
@@ -73,5 +82,17 @@ def _trained_on(adapter: str) -> str:
 
 
 def _trained_with(adapter: str) -> str | None:
-    recipe = Path(adapter).expanduser() / FILE_NAME
-    return Recipe.load(recipe).data.template if recipe.is_file() else None
+    recipe = beside(adapter, FILE_NAME)
+    return Recipe.load(recipe).data.template if recipe else None
+
+
+def _usual(base: str, tokenizer: Any, adapter: str | None) -> str:
+    """The template to use where nothing says which."""
+    template = CHAT if tokenizer.chat_template else "short" if base in EMBEDDED else "alpaca"
+    if adapter:
+        print(
+            f"note: there is no {FILE_NAME} with the adapter {adapter} that would say how it was prompted in training; "
+            f"taking the template {template}",
+            file=sys.stderr,
+        )
+    return template

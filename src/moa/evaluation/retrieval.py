@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from moa.data.tokens import prompt_tokens
 from moa.evaluation.generation import context, generate
 from moa.tasks import long_context
 from moa.tasks.long_context import LongPrompt
@@ -91,7 +92,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, length: int, windows: int 
     Raises:
         ValueError: the text is too short for as many windows, or a window for the model's context.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = torch.tensor(prompt_tokens(tokenizer, text))
     have = len(ids) // length
     if length > context(model) or have < (windows or 1):
         raise ValueError(
@@ -115,4 +116,5 @@ def _begins(answer: str, wanted: str) -> bool:
 
 
 def _specials(tokenizer: Any) -> int:
-    return len(tokenizer("")["input_ids"])
+    """How many tokens a prompt has besides those of its text."""
+    return len(prompt_tokens(tokenizer, "a")) - len(tokenizer("a", add_special_tokens=False)["input_ids"])

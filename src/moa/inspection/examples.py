@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa.data.templates import Prompt
+from moa.data.tokens import prompt_text, prompt_tokens
 from moa.evaluation.generation import context, greedy
 from moa.inspection.collect import Place, RouterFacts, all_columns, decisions_of
 from moa.inspection.results import Example, Strongest
@@ -20,7 +22,7 @@ def example(
     facts: Mapping[Place, RouterFacts],
     *,
     name: str,
-    prompt: str,
+    prompt: Prompt,
     max_new_tokens: int,
 ) -> Example | None:
     """Let the model answer ``prompt`` greedily; None if the prompt leaves no room or the answer is empty.
@@ -34,7 +36,7 @@ def example(
         prompt: what the model reads.
         max_new_tokens: longest answer.
     """
-    read = tokenizer(prompt)["input_ids"]
+    read = prompt_tokens(tokenizer, prompt)
     room = min(max_new_tokens, context(model) - len(read))
     if room < 1:
         return None
@@ -51,7 +53,7 @@ def example(
     span = slice(len(read), len(read) + len(answer))
     return Example(
         set=name,
-        prompt=prompt,
+        prompt=prompt_text(tokenizer, prompt),
         tokens=[tokenizer.decode([token]) for token in answer],
         strongest=strongest_of(facts, {place: decided.gates[span] for place, decided in found.items()}),
     )

@@ -11,7 +11,8 @@ from peft import PeftModel
 from moa.adapters.choices import plain
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Ia3Layer
-from moa.data.templates import example_of, prompt_of
+from moa.data.templates import prompt_of
+from moa.data.tokens import example_tokens
 from moa.evaluation.generation import context
 from moa.evaluation.models import Loaded
 from moa.evaluation.sets import EvaluationSet
@@ -53,7 +54,7 @@ def inspect_adapter(
         progress: called with what is going on and how many rows or examples were just finished.
 
     Raises:
-        ValueError: not a Mixture of Adapters, chat rows, or no row that fits into the model's context.
+        ValueError: not a Mixture of Adapters, or no row that fits into the model's context.
     """
     model, name = _mixture(loaded)
     config: MoAConfig = model.peft_config[name]
@@ -101,8 +102,8 @@ def _texts(loaded: Loaded, sets: Sequence[EvaluationSet]) -> tuple[dict[str, lis
 
 def _text(loaded: Loaded, row: Mapping[str, Any]) -> list[int]:
     """Token ids of a row's prompt and its given answer; test rows may have a bare answer only."""
-    parts = example_of({**row, "output": row["output"] or row["answer"]}, loaded.template)
-    return loaded.tokenizer(parts["prompt"] + parts["completion"])["input_ids"]
+    read = example_tokens(loaded.tokenizer, {**row, "output": row["output"] or row["answer"]}, loaded.template)
+    return read.prompt + read.answer
 
 
 def _decide(

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from moa.adapters.block import Mixture
 from moa.adapters.telemetry import DEAD, gate_values
+from moa.data import Prompt, prompt_tokens
 
 
-def routing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+def routing(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Look at every block's router while the model reads ``prompts``, one after the other.
 
     Returns:
@@ -28,7 +29,7 @@ def routing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str
     with gate_values(model) as record, torch.no_grad():
         for prompt in prompts:
             record.clear()
-            model(**tokenizer(prompt, return_tensors="pt").to(model.device))
+            model(input_ids=torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device))
             for block, name, gates in _columns(record):
                 seen.setdefault(block, {}).setdefault(name, []).append(gates.float().cpu())
     model.train(was_training)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.adapters.choices import check_names, nearest
-from moa.data.templates import TEMPLATES
+from moa.data.templates import TEMPLATE_NAMES
 from moa.studies.claims import Claim
 from moa.studies.methods import Method
 from moa.studies.reading import build, override, read
@@ -34,7 +34,7 @@ class StudyData:
         default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to evaluate on, as in `moa eval`"}
     )
     test_rows: int | None = knob(100, "at most this many rows of each test set", within=Range(2))
-    template: str = knob("short", "prompt template", choices=tuple(TEMPLATES))
+    template: str = knob("short", "prompt template", choices=TEMPLATE_NAMES)
     max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
     max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
     seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))

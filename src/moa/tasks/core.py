@@ -57,6 +57,13 @@ class Task:
 
     def generate(self, split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
         """`n` distinct rows of one split; see `moa.tasks.generate`."""
+        rows = self.draw(split, n, seed)
+        if len(rows) < n:
+            raise ValueError(f"task {self.name!r} has only about {len(rows)} distinct {split} rows; {n} asked")
+        return rows
+
+    def draw(self, split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
+        """As `generate`, but fewer rows where the task has no more (as far as many draws can tell)."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; valid splits: {', '.join(SPLITS)}")
         if n < 0:
@@ -64,15 +71,13 @@ class Task:
         rng = random.Random(f"{self.name}/{split}/{seed}")
         rows: dict[str, Draw] = {}
         misses = 0
-        while len(rows) < n:
+        while len(rows) < n and misses < _PATIENCE:
             draw = self.sample(rng, split)
             if split_of(draw.key) == split and draw.instruction not in rows:
                 rows[draw.instruction] = draw
                 misses = 0
             else:
                 misses += 1
-            if misses == _PATIENCE:
-                raise ValueError(f"task {self.name!r} has only about {len(rows)} distinct {split} rows; {n} asked")
         return [
             {"instruction": d.instruction, "input": "", "output": d.output, "answer": d.answer} for d in rows.values()
         ]

@@ -1,16 +1,21 @@
-"""What happens around the steps: a log file that survives resuming, and a Ctrl-C that loses nothing."""
+"""What happens around the steps: a log that survives resuming, a Ctrl-C that loses nothing, data that stay the same."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import threading
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from moa.data.tokens import Tokens
 from moa.training.checkpoints import room_on_disk
 
 LOG_NAME = "training_log.jsonl"
@@ -59,3 +64,35 @@ class StopOnInterrupt(TrainerCallback):
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
+
+
+class SameData(TrainerCallback, ExportableState):
+    """Keeps in every checkpoint what it was trained on, since files change under their names.
+
+    Attributes:
+        digest: of the tokens of all rows, in their order.
+    """
+
+    def __init__(self, digest: str):
+        self.digest = digest
+
+    @classmethod
+    def of(cls, examples: Iterable[Tokens]) -> SameData:
+        """For these rows."""
+        found = hashlib.sha256()
+        for prompt, answer in examples:
+            found.update(array("q", [len(prompt), *prompt, len(answer), *answer]).tobytes())
+        return cls(found.hexdigest()[:16])
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"digest": self.digest}, "attributes": {}}
+
+    def check(self, checkpoint: Path) -> None:
+        """Raise ValueError if the checkpoint was trained on other data. One that does not say on which may go on."""
+        saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        before = saved.get("stateful_callbacks", {}).get(type(self).__name__)
+        if before is not None and before["args"]["digest"] != self.digest:
+            raise ValueError(
+                f"cannot resume on other data: the rows of data.train, or their tokens, are not those of {checkpoint}; "
+                f"give --overwrite or another --output to start over"
+            )

@@ -31,6 +31,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is called ``checkpoint-N``."""
+    return _NAME.fullmatch(folder.name) is not None
+
+
 def last_complete(folder: Path) -> Path | None:
     """The checkpoint of the highest step that can be resumed from, or None."""
     return next((path for path in reversed(checkpoints(folder)) if _is_complete(path)), None)

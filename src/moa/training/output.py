@@ -7,12 +7,19 @@ from pathlib import Path
 
 import yaml
 
+from moa.spans import SpanPlan
 from moa.training.callbacks import LOG_NAME
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
 from moa.training.recipe import FILE_NAME, Recipe
+from moa.training.spans import FILE_NAME as PLAN_NAME
 
-# Settings that may differ between a run and its continuation.
-_FREE = {"output", "epochs", "max_steps", "save_steps", "keep_checkpoints", "log_steps", "report_to"}
+# What a run, its trackers and the demo leave in their folder, besides checkpoints.
+_WRITTEN = (
+    *("adapter_config.json", WEIGHTS, "README.md", FILE_NAME, LOG_NAME, PLAN_NAME),
+    *("accuracy_before.json", "accuracy_after.json", "runs"),
+)
+# Settings that may differ between a run and its continuation. Of a plan its content counts, not its path.
+_FREE = {"output", "epochs", "max_steps", "save_steps", "keep_checkpoints", "log_steps", "report_to", "spans"}
 
 
 def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
@@ -22,7 +29,7 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | Non
         The checkpoint to resume from, or None to start at the first step.
 
     Raises:
-        ValueError: the folder is in use, holds no run to resume, or holds one with other settings.
+        ValueError: the folder is in use, or holds no run to resume.
     """
     folder = Path(recipe.output).expanduser()
     if folder.is_file():
@@ -33,7 +40,6 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | Non
     if resume:
         if not ours:
             raise ValueError(f"nothing to resume: {folder} holds no run (there is no {FILE_NAME} in it)")
-        _check_same(recipe, folder / FILE_NAME)
         return _to_resume_from(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not ours:
@@ -53,8 +59,11 @@ def clear_output(folder: Path, checkpoint: Path | None) -> None:
     for beyond in found[found.index(checkpoint) + 1 :] if checkpoint else found:
         shutil.rmtree(beyond)
     if checkpoint is None:
-        for name in (WEIGHTS, "adapter_config.json", "README.md", LOG_NAME):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / name for name in _WRITTEN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def move_into(folder: Path, written: Path) -> None:
@@ -75,7 +84,9 @@ def _to_resume_from(folder: Path) -> Path | None:
     return checkpoint
 
 
-def _check_same(recipe: Recipe, file: Path) -> None:
+def check_same(recipe: Recipe, plan: SpanPlan | None, folder: Path) -> None:
+    """Raise ValueError unless the run in ``folder`` has the same settings, as far as they matter for its result."""
+    file = folder / FILE_NAME
     saved = Recipe(**yaml.safe_load(file.read_text(encoding="utf-8")))
     now = recipe.to_dict()
     for key, before in saved.to_dict().items():
@@ -84,3 +95,11 @@ def _check_same(recipe: Recipe, file: Path) -> None:
                 f"cannot resume with another setting: {key} was {before} in {file}, now it is {now[key]}; "
                 f"give --overwrite or another --output to start over"
             )
+    before = SpanPlan.load(folder / PLAN_NAME) if (folder / PLAN_NAME).is_file() else None
+    if before != plan:
+        raise ValueError(
+            f"cannot resume with another setting: the run learned under "
+            f"{'no span plan' if before is None else f'the span plan in {folder / PLAN_NAME}'}, "
+            f"spans={recipe.spans!r} now names {'none' if plan is None else 'another one'}; "
+            f"give --overwrite or another --output to start over"
+        )

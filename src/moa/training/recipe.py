@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from moa.adapters.choices import nearest
-from moa.data.templates import TEMPLATES
+from moa.data.templates import TEMPLATE_NAMES
 from moa.recipes import find
 from moa.training.adapter import adapter_config
 from moa.training.knobs import Range, check, knob, knobs, numbers, parse
@@ -35,7 +35,9 @@ class Data:
     limit: int | None = knob(
         None, "at most this many rows of each source, drawn at random (tasks: 1000 of each if empty)", within=Range(1)
     )
-    template: str = knob("alpaca", "prompt template", choices=tuple(TEMPLATES))
+    template: str = knob(
+        "alpaca", "prompt of rows with an instruction; chat is the base model's own template", choices=TEMPLATE_NAMES
+    )
     max_length: int = knob(512, "tokens of prompt and answer together; longer rows are cut at the end", within=Range(8))
 
 

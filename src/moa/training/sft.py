@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from moa.adapters.auxiliary import auxiliary_scale
-from moa.data import example_of, load_rows
-from moa.spans import SpanPlan
+from moa.data import example_tokens, form_of, load_rows
+from moa.data.tokens import Tokens, check_template
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
-from moa.training.callbacks import LogFile, StopOnInterrupt
+from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
 from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
-from moa.training.output import check_output, clear_output, move_into
+from moa.training.output import check_output, check_same, clear_output, move_into
 from moa.training.recipe import Recipe
 from moa.training.spans import FILE_NAME as PLAN_NAME
 from moa.training.spans import plan_from, under
@@ -52,13 +54,23 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     folder = Path(recipe.output).expanduser()
     plan = plan_from(recipe.spans)
     rows = [row for source in recipe.data.train for row in _rows(recipe, source)]
+    recipe = replace(recipe, data=replace(recipe.data, template=form_of(rows, recipe.data.template)))
+    if resume:
+        check_same(recipe, plan, folder)
     model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
-    interrupt = StopOnInterrupt()
-    trainer = _trainer(recipe, model, tokenizer, _dataset(rows, recipe, tokenizer), [LogFile(folder), interrupt])
-    _check_lengths(trainer, len(rows), recipe.data.max_length)
+    check_template(tokenizer, recipe.data.template, recipe.base)
+    examples = _examples(rows, recipe, tokenizer)
+    interrupt, data = StopOnInterrupt(), SameData.of(examples)
+    if checkpoint:
+        data.check(checkpoint)
+    trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
+    if trainer.is_world_process_zero():
+        _tell_sizes(trainer, examples, recipe.data.max_length)
     if trainer.is_world_process_zero():
         clear_output(folder, checkpoint)
         recipe.save(folder)
+        if plan is not None:
+            plan.save(folder / PLAN_NAME)
         if resume:
             print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
     trainer.accelerator.wait_for_everyone()
@@ -70,7 +82,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
             f"run the same command with --resume to continue"
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    _save(trainer, recipe, plan, folder, losses[-1] if losses else result.training_loss)
+    _save(trainer, recipe, folder, losses[-1] if losses else result.training_loss)
     return folder
 
 
@@ -78,13 +90,33 @@ def _rows(recipe: Recipe, source: str) -> list[dict[str, Any]]:
     return load_rows(source, split="train", limit=recipe.data.limit, seed=recipe.seed)
 
 
-def _dataset(rows: list[dict[str, Any]], recipe: Recipe, tokenizer: Any) -> datasets.Dataset:
-    chats = sum("messages" in row for row in rows)
-    if chats and chats < len(rows):
-        raise ValueError("data.train mixes chat messages with plain rows: use one kind in a run")
-    if chats and not tokenizer.chat_template:
-        raise ValueError(f"data.train holds chat messages, but the tokenizer of {recipe.base!r} has no chat template")
-    return datasets.Dataset.from_list([example_of(row, recipe.data.template) for row in rows])
+def _examples(rows: Sequence[dict[str, Any]], recipe: Recipe, tokenizer: Any) -> list[Tokens]:
+    """The tokens of every row.
+
+    Raises:
+        ValueError: a row that the template cannot take, or ``max_length`` leaves no answer.
+    """
+    examples = [example_tokens(tokenizer, row, recipe.data.template) for row in rows]
+    if not any(len(example.prompt) < recipe.data.max_length for example in examples):
+        raise ValueError(
+            f"data.max_length={recipe.data.max_length} is shorter than every prompt: no answer is left to learn"
+        )
+    return examples
+
+
+def _dataset(examples: Sequence[Tokens], recipe: Recipe) -> datasets.Dataset:
+    """What TRL takes as tokenised: ids cut to ``max_length`` and where the answer is, where one is left."""
+    longest = recipe.data.max_length
+    return datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": [*prompt, *answer][:longest],
+                "completion_mask": ([0] * len(prompt) + [1] * len(answer))[:longest],
+            }
+            for prompt, answer in examples
+            if len(prompt) < longest
+        ]
+    )
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, dataset: datasets.Dataset, callbacks: list[Any]) -> Trainer:
@@ -115,7 +147,7 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, dataset: datasets.Datas
         report_to=recipe.report_to,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
-        max_length=recipe.data.max_length,
+        max_length=None,  # `_dataset` has cut the rows
         completion_only_loss=True,
     )
     set_seed(recipe.seed)
@@ -134,28 +166,20 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, dataset: datasets.Datas
         datasets.enable_progress_bars()
 
 
-def _check_lengths(trainer: Trainer, given: int, max_length: int) -> None:
-    """Say what is trained on how much of the data.
-
-    Raises:
-        ValueError: ``max_length`` leaves no answer.
-    """
-    kept = len(trainer.train_dataset)
-    if not kept:
-        raise ValueError(f"data.max_length={max_length} is shorter than every prompt: no answer is left to learn")
-    if not trainer.is_world_process_zero():
-        return
-    cut = sum(len(tokens) >= max_length for tokens in trainer.train_dataset["input_ids"])
-    if kept < given or cut:
+def _tell_sizes(trainer: Trainer, examples: Sequence[Tokens], max_length: int) -> None:
+    """Say what is trained on how much of the data."""
+    dropped = sum(len(prompt) >= max_length for prompt, _ in examples)
+    cut = sum(len(prompt) < max_length < len(prompt) + len(answer) for prompt, answer in examples)
+    if dropped or cut:
         print(
-            f"note: data.max_length={max_length} drops {given - kept} of {given} rows, whose prompt alone is longer, "
-            f"and may cut the answer of {cut} more"
+            f"note: data.max_length={max_length} drops {dropped} of {len(examples)} rows, whose prompt alone is that "
+            f"long, and cuts the answer of {cut} more"
         )
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable: {trainable / everything:.2%}")
 
 
-def _save(trainer: Trainer, recipe: Recipe, plan: SpanPlan | None, folder: Path, loss: float) -> None:
+def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
     """Write the adapter aside and move it into place, so that a full disk leaves no half adapter."""
     written = folder / WRITING / "adapter"
     with room_on_disk(folder, "the adapter"):
@@ -169,6 +193,4 @@ def _save(trainer: Trainer, recipe: Recipe, plan: SpanPlan | None, folder: Path,
                 loss=loss,
                 trainable=trainer.model.get_nb_trainable_parameters()[0],
             )
-            if plan is not None:
-                plan.save(written / PLAN_NAME)
             move_into(folder, written)

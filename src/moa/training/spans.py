@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.spans import SpanPlan, apply_spans
+from moa.training.beside import beside
 
 FILE_NAME = "spans.json"
 
@@ -35,9 +36,9 @@ def under(model: Any, plan: SpanPlan | None) -> AbstractContextManager[Any]:
 
 
 def plan_beside(adapter: str | None) -> SpanPlan | None:
-    """The plan that a local adapter was trained under, None if it was none."""
-    path = Path(adapter or "").expanduser() / FILE_NAME
-    return SpanPlan.load(path) if adapter and path.is_file() else None
+    """The plan that an adapter was trained under, None if it was none."""
+    path = beside(adapter, FILE_NAME) if adapter else None
+    return SpanPlan.load(path) if path else None
 
 
 def plan_for_use(adapter: str | None, spans: str | None) -> SpanPlan | None:

@@ -1,0 +1,22 @@
+"""Where the command ``moa`` starts: outside of the package, since importing ``moa`` loads torch.
+
+OpenMP reads its settings when torch is loaded. By default a thread that waits for others spins, so on a machine that is
+busy with something else, too, a training step takes many times as long. ``OMP_WAIT_POLICY`` in the environment has
+precedence.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from moa.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()
