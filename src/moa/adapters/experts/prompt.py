@@ -124,10 +124,8 @@ class PromptLayer(ExpertLayer):
             if isinstance(value, bool) and name in ("output_attentions", "use_cache")
         }
         probe |= {"hidden_states": tokens, "attention_mask": None}
-        if arguments.get("position_embeddings") is not None:
-            cos, sin = arguments["position_embeddings"]
-            shape = (*(1,) * (cos.dim() - 2), prompt.shape[0], cos.shape[-1])
-            probe["position_embeddings"] = (cos.new_ones(shape), sin.new_zeros(shape))
+        if "position_embeddings" in arguments:  # None: this block does not rotate
+            probe["position_embeddings"] = _no_rotation(arguments["position_embeddings"], prompt.shape[0])
         self.context.bypassed = True
         try:
             attention.forward(**probe)
@@ -139,3 +137,14 @@ class PromptLayer(ExpertLayer):
     def detach(self) -> None:
         super().detach()
         attention_interface.uninstall(self.host)
+
+
+def _no_rotation(embeddings: Any, length: int) -> Any:
+    """Embeddings of ``length`` positions that rotate nothing, in the form of a block's own: cosine and sine, or complex
+    numbers, or None where a block does not rotate.
+    """
+    if embeddings is None:
+        return None
+    cos = embeddings if isinstance(embeddings, Tensor) else embeddings[0]
+    ones = cos.new_ones((*(1,) * (cos.dim() - 2), length, cos.shape[-1]))
+    return ones if isinstance(embeddings, Tensor) else (ones, torch.zeros_like(ones))
