@@ -1,0 +1,405 @@
+"""Finding the parts of a decoder block in its modules: by their names, and by shapes where a name is not enough.
+
+What is found is an `Architecture` and, for what is not there, a reason if there certainly is none. Where neither is
+sure the role is left open, and whoever needs it has to be told: see `moa.adapters.placement`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from moa.adapters.architectures import EXCEPTIONS, ROLES, Architecture, BlockView, find_module, linear_size, text_config
+from moa.adapters.attention_interface import uses_interface
+from moa.adapters.choices import from_fields
+
+QUERY = ("q_b_proj", "q_proj", "query", "query_proj", "q_lin", "wq", "Wq")
+KEY = ("k_proj", "key", "key_proj", "k_lin", "wk", "Wk")
+VALUE = ("v_proj", "value", "value_proj", "v_lin", "wv", "Wv")
+FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+LATENT = "kv_b_proj"
+OUTPUT = ("o_proj", "out_proj", "o_b_proj", "dense", "c_proj", "Wo", "wo", "out_lin")
+DOWN = ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "proj_down", "Wo", "wo", "lin2", "output_linear")
+UP = ("up_proj", "fc1", "c_fc", "w3", "dense_h_to_4h", "fc_in", "proj_up", "Wi", "lin1", "input_linear")
+GATE = ("gate_proj", "w1", "proj_up_gate")
+GATE_UP = "gate_up_proj"
+FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
+CROSS = ("encoder_attn", "cross_attn", "crossattention", "cross_attention")
+
+OVERRIDDEN = "architecture= says that it has none"
+EXCEPTED = "its family has no single module for it"
+ENCODER_DECODER = (
+    "{name} is an encoder-decoder model: its blocks also attend to an encoder's output, of which a mixture's router "
+    "and prompts know nothing. MoA adapts decoder-only language models"
+)
+
+
+@dataclass
+class Finding:
+    """What was found in one block: paths by role, and reasons for roles that are certainly not there."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    layout: str | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def view_blocks(model: nn.Module, override: Mapping[str, Any] | None) -> dict[str, BlockView]:
+    """Every decoder block of ``model``, by its qualified name, in order.
+
+    Args:
+        model: a transformers model, also one of several parts of which one is the language model.
+        override: what the user says in ``MoAConfig(architecture=...)``.
+
+    Raises:
+        ValueError: it is no decoder of attention blocks, or its blocks cannot be told from other modules.
+    """
+    config = text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(ENCODER_DECODER.format(name=_named(model)))
+    known = {**EXCEPTIONS.get(config.model_type, {}), **(override or {})}
+    names = find_blocks(model, from_fields("architecture", Architecture, known))
+    views = {}
+    for index, name in enumerate(names):
+        views[name] = _view(model.get_submodule(name), index, known, _config_of_block(config, index))
+        views[name].absent |= {
+            role: OVERRIDDEN for role, path in (override or {}).items() if role in ROLES and not path
+        }
+    _check_paths(override or {}, list(views.values()))
+    if any(view.attention is not None and _crosses(view.module) for view in views.values()):
+        raise ValueError(ENCODER_DECODER.format(name=_named(model)))
+    return views
+
+
+def find_blocks(model: nn.Module, said: Architecture) -> list[str]:
+    """Qualified names of the decoder blocks, in order.
+
+    Raises:
+        ValueError: no ModuleList, or more than one, can be meant.
+    """
+    every = dict(_module_lists(model))
+    if said.blocks is not None:
+        lists = [name for name in every if f".{name}".endswith(f".{said.blocks}")]
+        if not lists:
+            raise ValueError(
+                f"architecture: no ModuleList's path ends with blocks={said.blocks!r}; there are {[*every]}"
+            )
+    else:
+        lists = [name for name, blocks in every.items() if any(_attends(block, said.attention) for block in blocks)]
+    if len(lists) > 1:
+        lists = _of_the_language_model(model, every, lists)
+    if len(lists) > 1:
+        raise ValueError(
+            f"cannot tell which of {lists} are the decoder blocks of {_named(model)}. Give the whole path of one list "
+            "in MoAConfig(architecture={'blocks': ...})"
+        )
+    if not lists:
+        raise ValueError(
+            f"found no decoder block with attention in {_named(model)}: its lists of blocks hold {_contents(every)}. "
+            "MoA adapts blocks of attention and a feed-forward module; pure state-space and recurrent models have "
+            "none. If this model has, say where with MoAConfig(architecture={'blocks': ..., 'attention': ..., 'q': "
+            "..., 'k': ..., 'v': ..., 'o': ..., 'mlp': ..., 'down': ...})"
+        )
+    return [f"{lists[0]}.{index}" for index in range(len(every[lists[0]]))]
+
+
+def _of_the_language_model(model: nn.Module, every: Mapping[str, nn.ModuleList], lists: list[str]) -> list[str]:
+    """Those of ``lists`` that are not in a tower for pictures or sound, which looks alike; all if nothing tells."""
+    if hasattr(model, "get_decoder"):
+        inside = {id(module) for module in model.get_decoder().modules()}
+        lists = [name for name in lists if id(every[name]) in inside] or lists
+    towers = ("vision", "visual", "audio", "image")
+    return [name for name in lists if not any(tower in name for tower in towers)] or lists
+
+
+def _attends(block: nn.Module, attention: str | None) -> bool:
+    return bool(_attention_owners(block)) or find_module(block, attention) is not None
+
+
+def _contents(lists: Mapping[str, nn.ModuleList]) -> dict[str, list[str]]:
+    """What the blocks of every list are made of: class names of their children."""
+    return {
+        name: sorted({type(child).__name__ for block in blocks for child in block.children()})
+        for name, blocks in lists.items()
+    }
+
+
+def _named(model: nn.Module) -> str:
+    return f"{type(model).__name__} ({text_config(model).model_type})"
+
+
+def _module_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost ModuleLists below ``module``."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield prefix + name, child
+        else:
+            yield from _module_lists(child, f"{prefix}{name}.")
+
+
+def _config_of_block(config: PretrainedConfig, index: int) -> PretrainedConfig:
+    """The block's own configuration in models of unlike blocks, whose common one refuses to be asked."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _view(block: nn.Module, index: int, known: Mapping[str, Any], config: PretrainedConfig) -> BlockView:
+    finding = Finding()
+    _find_attention(block, finding)
+    if finding.paths or not _crosses(block):
+        _find_feed_forward(block, finding, config.hidden_size)
+    else:
+        finding.absent = dict.fromkeys(ROLES, "it attends to another model's features and runs only if there are any")
+    if "qkv_layout" not in known and finding.layout is not None:
+        known = {**known, "qkv_layout": finding.layout}
+    architecture = Architecture(**{**finding.paths, **known})
+    absent = {role: why for role, why in finding.absent.items() if getattr(architecture, role) is None}
+    absent |= {role: EXCEPTED for role in ROLES if role in known and known[role] is None}
+    return BlockView(block, index, architecture, config, absent)
+
+
+def _find_attention(block: nn.Module, finding: Finding) -> None:
+    owners = _attention_owners(block)
+    if not owners:
+        finding.absent |= dict.fromkeys(("q", "k", "v", "o", "attention"), "it has no attention")
+    if len(owners) != 1:
+        return
+    owner = owners[0]
+    attention = _calls_interface(block, owner) or owner
+    module = block.get_submodule(owner)
+    paths = {"attention": attention}
+    fused = _linear(module, FUSED)
+    if fused is not None:
+        paths |= dict.fromkeys(("q", "k", "v"), _join(owner, fused))
+    else:
+        latent = _linear(module, (LATENT,))
+        for role, names in (("q", QUERY), ("k", KEY), ("v", VALUE)):
+            path = _linear(module, names) or (latent if role != "q" else None)
+            if path is not None:
+                paths[role] = _join(owner, path)
+        finding.layout = "latent" if latent is not None else None
+    output = _output_projection(block, owner, attention, set(paths.values()))
+    if output is not None:
+        paths["o"] = output
+    _explain_missing(block, attention, paths, finding)
+    finding.paths |= paths
+
+
+def _attention_owners(block: nn.Module) -> list[str]:
+    """Paths of the modules that own the projections of self-attention."""
+    owners = []
+    for name, module in _parts(block):
+        if not name or _is_cross(name):
+            continue
+        query, output = _linear(module, QUERY), _linear(module, OUTPUT)
+        others = _linear(module, KEY) or _linear(module, (LATENT,)) or output
+        if _linear(module, FUSED) or (query and others):
+            owners.append(name)
+    return owners
+
+
+def _calls_interface(block: nn.Module, owner: str) -> str | None:
+    """The nearest module around ``owner``, itself included, that calls transformers' attention interface."""
+    while owner:
+        module = find_module(block, owner)
+        if module is not None and uses_interface(module):
+            return owner
+        owner = owner.rpartition(".")[0]
+    return None
+
+
+def _output_projection(block: nn.Module, owner: str, attention: str, taken: set[str]) -> str | None:
+    """In the owner of the projections, around it, or in a module ``output`` beside it (BERT)."""
+    around = owner.rpartition(".")[0]
+    for place in (owner, attention, _join(around, "output")):
+        module = find_module(block, place)
+        path = None if module is None else _linear(module, OUTPUT)
+        if path is not None and _join(place, path) not in taken:
+            return _join(place, path)
+    return None
+
+
+def _explain_missing(block: nn.Module, attention: str, paths: dict[str, str], finding: Finding) -> None:
+    """A projection is certainly absent if no linear layer of the attention is left that could be it."""
+    inputs = {_input_of(block, path) for role, path in paths.items() if role != "attention"}
+    linears = {_join(attention, path): size for path, size in _linears(block.get_submodule(attention))}
+    if any(size[0] in inputs for path, size in linears.items() if path not in paths.values()):
+        return
+    for role in ("q", "k", "v", "o"):
+        if role not in paths:
+            finding.absent[role] = f"its attention has no {role} projection of its own"
+
+
+def _find_feed_forward(block: nn.Module, finding: Finding, hidden: int) -> None:
+    place = finding.paths.get("attention", "").rpartition(".")[0]
+    taken = {path for role, path in finding.paths.items() if role != "attention"}
+    while True:
+        if _find_feed_forward_in(block, place, taken, finding, hidden):
+            return
+        if not place:
+            break
+        place = place.rpartition(".")[0]
+    finding.absent |= dict.fromkeys(("gate", "up", "down", "mlp"), "it has no feed-forward module")
+
+
+def _find_feed_forward_in(block: nn.Module, place: str, taken: set[str], finding: Finding, hidden: int) -> bool:
+    """Look among the children of the module at ``place``; True if there is nothing more to look for."""
+    level = block.get_submodule(place)
+    attention = finding.paths.get("attention")
+    candidates = []
+    for name, child in level.named_children():
+        path = _join(place, name)
+        inside = attention is not None and f"{attention}.".startswith(f"{path}.")
+        if (
+            inside
+            or path in taken
+            or any(one.startswith(f"{path}.") for one in taken)
+            or not _may_be_feed_forward(name)
+        ):
+            continue
+        if linear_size(child) is None and _is_feed_forward(child):
+            candidates.append(path)
+    preferred = [path for name in FEED_FORWARD for path in candidates if path.rpartition(".")[2] == name]
+    if candidates and (len(candidates) == 1 or preferred):
+        mlp = (preferred or candidates)[0]
+        finding.paths["mlp"] = mlp
+        _find_projections(block.get_submodule(mlp), mlp, finding, hidden)
+        return True
+    if candidates:
+        return True  # several, and no name that tells: left open
+    return _find_inline(level, place, taken, finding)
+
+
+def _find_projections(mlp: nn.Module, path: str, finding: Finding, hidden: int) -> None:
+    up, down = _linear(mlp, UP), _linear(mlp, DOWN)
+    if up is None or down is None:
+        up, down = _by_shape(mlp, hidden, up, down)
+    if _linear(mlp, (GATE_UP,)) is not None:
+        finding.paths |= {"gate": _join(path, GATE_UP), "up": _join(path, GATE_UP)}
+    elif up is not None and down is not None:
+        gate = _linear(mlp, GATE)
+        if gate is not None:
+            finding.paths["gate"] = _join(path, gate)
+        if _output_of(mlp, up) == _input_of(mlp, down):  # otherwise gate and up in one, in an order that nobody said
+            finding.paths["up"] = _join(path, up)
+            if gate is None:
+                finding.absent["gate"] = "its feed-forward module has no gate projection"
+    if down is not None:
+        finding.paths["down"] = _join(path, down)
+    elif _has_experts(mlp):
+        why = "the weights of its feed-forward experts are stacked 3-D parameters, not linear layers"
+        finding.absent |= dict.fromkeys(("gate", "up", "down"), why)
+
+
+def _by_shape(mlp: nn.Module, hidden: int, up: str | None, down: str | None) -> tuple[str | None, str | None]:
+    """The two linear layers of a feed-forward module that has no others, whatever they are called."""
+    linears = [(name, size) for name, child in mlp.named_children() if (size := linear_size(child)) is not None]
+    if len(linears) != 2 or _has_experts(mlp):
+        return up, down
+    (first, one), (second, two) = linears
+    return (first, second) if one[0] == two[1] == hidden and one[1] == two[0] else (up, down)
+
+
+def _find_inline(level: nn.Module, place: str, taken: set[str], finding: Finding) -> bool:
+    """A feed-forward part whose layers the block calls itself (OPT), or in two modules in a row (BERT)."""
+    for up, down in (("fc1", "fc2"), ("intermediate.dense", "output.dense")):
+        found = [find_module(level, name) for name in (up, down)]
+        if any(module is None or linear_size(module) is None for module in found) or _join(place, down) in taken:
+            continue
+        first, last = _join(place, up), _join(place, down)
+        finding.paths |= {"up": first, "down": last, "mlp": f"{first}..{last}"}
+        finding.absent["gate"] = "its feed-forward layers have no gate projection"
+        return True
+    return False
+
+
+def _may_be_feed_forward(name: str) -> bool:
+    return "norm" not in name.lower() and name not in ("intermediate", "output") and not _is_cross(name)
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    if _has_experts(module):
+        return True
+    linears = [name for name, child in module.named_children() if linear_size(child) is not None]
+    return any(name in DOWN for name in linears) or (isinstance(module, nn.Sequential) and len(linears) == 2)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether tokens are sent to some of many experts here, whose weights are stacked or in modules of their own."""
+    return any(
+        name.rpartition(".")[2] == "experts" or "expert" in type(part).__name__.lower()
+        for name, part in module.named_modules()
+    )
+
+
+def _parts(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The block and the modules in it, but for linear layers' insides and what adapters have attached."""
+    yield prefix, block
+    for name, child in block.named_children():
+        if not name.startswith("mixture") and name != "experts" and linear_size(child) is None:
+            yield from _parts(child, _join(prefix, name))
+
+
+def _linears(module: nn.Module) -> list[tuple[str, tuple[int, int]]]:
+    """Linear layers in ``module`` with their sizes."""
+    found = []
+    for path, part in _parts(module):
+        for name, child in part.named_children():
+            size = None if name.startswith("mixture") else linear_size(child)
+            if size is not None:
+                found.append((_join(path, name), size))
+    return found
+
+
+def _linear(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of ``names`` that is a linear layer of ``module``, or a module around nothing but one."""
+    for name in names:
+        child = module._modules.get(name)
+        if child is None:
+            continue
+        if linear_size(child) is not None:
+            return name
+        inner = _linears(child)
+        if len(inner) == 1 and not list(child.parameters(recurse=False)):
+            return _join(name, inner[0][0])
+    return None
+
+
+def _input_of(module: nn.Module, path: str) -> int | None:
+    size = linear_size(module.get_submodule(path))
+    return None if size is None else size[0]
+
+
+def _output_of(module: nn.Module, path: str) -> int | None:
+    size = linear_size(module.get_submodule(path))
+    return None if size is None else size[1]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _crosses(block: nn.Module) -> bool:
+    return any(_is_cross(name) for name, _ in _parts(block))
+
+
+def _is_cross(name: str) -> bool:
+    return any(part in CROSS for part in name.lower().split("."))
+
+
+def describe(view: BlockView) -> str:
+    """The linear layers of a block with their sizes, for messages."""
+    return ", ".join(f"{path} ({size[0]} -> {size[1]})" for path, size in _linears(view.module)) or "no linear layer"
+
+
+def _check_paths(override: Mapping[str, Any], views: list[BlockView]) -> None:
+    """Raise ValueError if no block has a module that the user names."""
+    for role in ROLES:
+        for end in (override.get(role) or "").split(".."):
+            if end and all(find_module(view.module, end) is None for view in views):
+                raise ValueError(
+                    f"architecture: no decoder block has a module {end!r} ({role}). The linear layers of block 0 are "
+                    f"{describe(views[0])}"
+                )
