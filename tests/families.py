@@ -189,31 +189,59 @@ DECODERS: dict[str, Decoder] = {
     # attention that does not go through the interface, rotates by itself, attends twice, or reads more than its tokens
     **dict.fromkeys(
         (
-            *("bloom", "codegen", "diffllama", "falcon", "gpt_neox_japanese", "gptj", "ministral3", "moshi", "mpt"),
+            *(
+                "bloom",
+                "codegen",
+                "ctrl",
+                "diffllama",
+                "falcon",
+                "gpt_neox_japanese",
+                "gptj",
+                "ministral3",
+                "moshi",
+                "mpt",
+            ),
             *("openai-gpt", "xglm"),
         ),
         Decoder(NO_PROMPT),
     ),
     "gpt_neo": Decoder(NO_PROMPT, {"attention_types": [[["global", "local"], 1]]}),
-    "gemma4_text": Decoder(NO_PROMPT, {"layer_types": ["sliding_attention", "full_attention"]}),
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        Decoder(NO_PROMPT, {"layer_types": ["sliding_attention", "full_attention"]}),
+    ),
     # feed-forward experts, in some families with a first block that has none
     **dict.fromkeys(
         (
             *("aria_text", "cohere2_moe", "flex_olmo", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared"),
-            *("hunyuan_v1_moe", "kolibri1", "llama4_text", "mellum", "minimax_m2", "mixtral", "olmoe", "phimoe"),
+            *(
+                "hunyuan_v1_moe",
+                "kolibri1",
+                "llama4_text",
+                "mellum",
+                "minimax_m2",
+                "minimax_m3_vl_text",
+                "mixtral",
+                "olmoe",
+                "phimoe",
+            ),
             *("qwen2_moe", "qwen3_moe", "solar_open"),
         ),
         Decoder(EXPERTS_ONLY),
     ),
     **dict.fromkeys(
-        ("afmoe", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "laguna", "mimo_v2_flash"),
+        ("afmoe", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hy_v3", "mimo_v2_flash"),
         Decoder((FULL, EXPERTS_ONLY)),
     ),
+    "laguna": Decoder((FULL, EXPERTS_ONLY), {"num_attention_heads_per_layer": [4, 8]}),
+    "inkling_text": Decoder(EXPERTS_ONLY, {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4}),
     "jetmoe": Decoder("k v prompt parallel"),
     # keys and values that are kept compressed
     **dict.fromkeys(("minicpm3", "youtu"), Decoder(LATENT, MLA)),
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), Decoder((LATENT, LATENT_EXPERTS), MLA)),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), Decoder(("q o down parallel", "q o parallel"), MLA)),
+    **dict.fromkeys(
+        ("deepseek_v32", "dots3_note_text", "glm_moe_dsa"), Decoder(("q o down parallel", "q o parallel"), MLA)
+    ),
     # blocks without attention, or with a linear one, among others
     "bamba": Decoder((FEED_FORWARD, FULL), {"attn_layer_indices": [1]}),
     "granitemoehybrid": Decoder(("parallel", EXPERTS_ONLY), MIXED),
@@ -224,6 +252,7 @@ DECODERS: dict[str, Decoder] = {
     "lfm2": Decoder((FEED_FORWARD, FULL), SHORT_CONVOLUTION),
     "lfm2_moe": Decoder((FEED_FORWARD, EXPERTS_ONLY), SHORT_CONVOLUTION | {"num_dense_layers": 1}),
     "lfm3": Decoder((FEED_FORWARD, FULL), SHORT_CONVOLUTION),
+    "bailing_hybrid": Decoder((NO_PROMPT, LATENT_EXPERTS), MLA | MIXED),
     "kimi_linear": Decoder((NO_PROMPT, LATENT_EXPERTS), MLA | MIXED),
     "minimax": Decoder((EXPERTS_ONLY, "q k v o parallel")),
     "nemotron_h": Decoder(
@@ -244,6 +273,8 @@ DECODERS: dict[str, Decoder] = {
         | {"mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8},
     ),
     # several residual streams in a block
+    "deepseek_v4": Decoder("q o parallel", overrides=STREAMS),
+    "hy_v4": Decoder(("q o down parallel", "q o parallel"), MLA, STREAMS),
     "gemma3n_text": Decoder(
         FULL,
         {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
@@ -252,11 +283,14 @@ DECODERS: dict[str, Decoder] = {
     ),
 }
 
+LONGCAT = MLA | {"zero_expert_num": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2}
+
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "xlstm", "rwkv"), ("found no decoder block with attention", {})),
     **dict.fromkeys(("bart", "marian", "pegasus", "whisper"), ("encoder-decoder", {})),
     "hrm_text": ("cannot tell which of", {}),
     "deepseek_v4": ("several residual streams", {}),
+    "longcat_flash": ("not sure which module of block 0 of longcat_flash is 'q'", LONGCAT),
 }
 """Families that cannot be adapted: words of the message, and settings of their configuration."""
 

@@ -170,6 +170,13 @@ def test_a_path_that_no_block_has_is_an_error() -> None:
         get_peft_model(build_family("llama"), moa.preset("lora", architecture={"q": "self_attn.wq"}))
 
 
+def test_blocks_that_share_a_module_are_refused() -> None:
+    model = build_family("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"model.layers.0 and model.layers.1 share one mlp module"):
+        get_peft_model(model, moa.preset("soft-moa"))
+
+
 def test_defaults_that_do_not_fit_are_left_out_with_one_warning() -> None:
     with pytest.warns(UserWarning, match="cannot host all") as caught:
         model = get_peft_model(build_decoder("dots1", {}), moa.preset("soft-moa"))

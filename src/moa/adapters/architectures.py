@@ -89,7 +89,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     # one vector is the key and the value of all heads, and it is compressed once more before it is attended to
     "deepseek_v4": {"k": None, "v": None},
-    "zaya": {"v": None},  # half of a value belongs to the token before
 }
 
 
@@ -176,6 +175,8 @@ class BlockView:
         source, module = find_module(self.module, first), find_module(self.module, last or first)
         if source is None or module is None:
             return None
+        if role == "mlp" and isinstance(module, nn.Sequential):  # which would run a child as one more of its layers
+            source, module = module[0], module[-1]
         if role not in PROJECTIONS:
             width = self._attention_width() if role == "attention" else self.hidden_size
             return Host(module, source, width, self.hidden_size, None, self.config)

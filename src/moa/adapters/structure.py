@@ -6,6 +6,7 @@ sure the role is left open, and whoever needs it has to be told: see `moa.adapte
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ def view_blocks(model: nn.Module, override: Mapping[str, Any] | None) -> dict[st
     _check_paths(override or {}, list(views.values()))
     if any(view.attention is not None and _crosses(view.module) for view in views.values()):
         raise ValueError(ENCODER_DECODER.format(name=_named(model)))
+    _check_sharing(views)
     return views
 
 
@@ -155,6 +157,10 @@ def _view(block: nn.Module, index: int, known: Mapping[str, Any], config: Pretra
     if "qkv_layout" not in known and finding.layout is not None:
         known = {**known, "qkv_layout": finding.layout}
     architecture = Architecture(**{**finding.paths, **known})
+    heads = getattr(find_module(block, architecture.attention), "num_heads", None)
+    if isinstance(heads, int) and heads != config.num_attention_heads:  # some families vary them from block to block
+        config = copy.copy(config)
+        config.num_attention_heads = heads
     absent = {role: why for role, why in finding.absent.items() if getattr(architecture, role) is None}
     absent |= {role: EXCEPTED for role in ROLES if role in known and known[role] is None}
     return BlockView(block, index, architecture, config, absent)
@@ -392,6 +398,22 @@ def _is_cross(name: str) -> bool:
 def describe(view: BlockView) -> str:
     """The linear layers of a block with their sizes, for messages."""
     return ", ".join(f"{path} ({size[0]} -> {size[1]})" for path, size in _linears(view.module)) or "no linear layer"
+
+
+def _check_sharing(views: Mapping[str, BlockView]) -> None:
+    """Raise ValueError if two blocks run the same modules, whose experts could not tell which block's gates are theirs.
+
+    Weights that are tied between modules of their own are fine.
+    """
+    owners: dict[int, str] = {}
+    for name, view in views.items():
+        for role in ("attention", "mlp"):
+            host = view.host(role)
+            if host is not None and owners.setdefault(id(host.module), name) != name:
+                raise ValueError(
+                    f"{owners[id(host.module)]} and {name} share one {role} module: an expert there could not tell "
+                    "which of the blocks runs it. Give each block a module of its own (their weights may be tied)"
+                )
 
 
 def _check_paths(override: Mapping[str, Any], views: list[BlockView]) -> None:
