@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import moa
-from moa import Copies, LoraExpert, MoAConfig, ParallelExpert, PromptExpert
+from moa import Copies, LoraExpert, MoAConfig, ParallelExpert, PromptExpert, TopK
 from moa.adapters.architectures import BlockView
 from moa.adapters.structure import view_blocks
 
@@ -247,12 +247,14 @@ def test_a_shared_gate_is_still_one_after_targets_were_left_out() -> None:
     assert record.columns[0] == record.columns[1] == ["lora", "prompt", "parallel"]
 
 
-def test_a_second_mixture_finds_the_same_places() -> None:
-    model = hosting("dots1")
+@pytest.mark.parametrize("name", ["second", "experts"])
+def test_a_second_mixture_finds_the_same_places(name: str) -> None:
+    model = hosting("recurrent_gemma", **DECODERS["recurrent_gemma"].settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.add_adapter("second", moa.preset("soft-moa"))
-    assert model.peft_config["second"].experts == model.peft_config["default"].experts
+        model.add_adapter(name, moa.preset("soft-moa"))
+        model.add_adapter("third", moa.preset("soft-moa"))
+    assert model.peft_config["third"].experts == model.peft_config["default"].experts
 
 
 @pytest.mark.parametrize(("given", "blocks"), [(1, [1]), ([0], [0]), ([0, 1], [0, 1])])
@@ -278,6 +280,14 @@ def test_layers_to_transform_are_blocks_of_this_model() -> None:
     config = MoAConfig(experts=[LoraExpert(layers=[0])], layers_to_transform=[1])
     with pytest.raises(ValueError, match=r"layers_to_transform=\[1\] has no block in common"):
         get_peft_model(build_family("llama"), config)
+
+
+def test_more_experts_than_there_are_cannot_be_chosen() -> None:
+    with pytest.raises(ValueError, match=r"k=4, but block 0 has 3 gates: \['q', 'v', 'parallel'\]"):
+        get_peft_model(
+            build_family("llama"),
+            MoAConfig(experts=[LoraExpert(["q", "v"]), ParallelExpert()], gating=TopK(k=4)),
+        )
 
 
 def test_layers_choose_the_attention_blocks_of_a_hybrid() -> None:

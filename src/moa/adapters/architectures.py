@@ -210,7 +210,18 @@ class BlockView:
                 "queries come first, then all keys, then all values, or 'per_head' if one head's queries, key and "
                 "value stand together"
             )
+        if self.architecture.qkv_layout == "latent":
+            return self._latent_part(role, out_features)
         return qkv_part(role, shared, self.architecture.qkv_layout, self.config, out_features)
+
+    def _latent_part(self, role: str, out_features: int) -> Part:
+        """Of every head its key without rotation, then its value."""
+        names = ("qk_nope_head_dim", "v_head_dim")
+        key, value = (getattr(self.attention, name, None) or getattr(self.config, name) for name in names)
+        if out_features % (key + value):
+            raise ValueError(f"architecture: {out_features} rows are not heads of {key} + {value}, as 'latent' needs")
+        start, stop = (0, key) if role == "k" else (key, key + value)
+        return Part(out_features // (key + value), key + value, start, stop)
 
 
 def qkv_part(role: str, shared: list[str], layout: str, config: Any, out_features: int) -> Part:
@@ -222,12 +233,6 @@ def qkv_part(role: str, shared: list[str], layout: str, config: Any, out_feature
     if layout == "codegen":  # four groups, each its queries, values and keys, in this order
         start = ("q", "v", "k").index(role)
         return Part(4, 3, start, start + 1)
-    if layout == "latent":  # of every head: its key without rotation, its value
-        key, value = config.qk_nope_head_dim, config.v_head_dim
-        if out_features % (key + value):
-            raise ValueError(f"architecture: {out_features} rows are not heads of {key} + {value}, as 'latent' needs")
-        start, stop = (0, key) if role == "k" else (key, key + value)
-        return Part(out_features // (key + value), key + value, start, stop)
     heads, kv_heads = _head_counts(config, out_features, with_queries="q" in shared)
     if layout == "falcon":
         layout = "per_head" if config.new_decoder_architecture or not config.multi_query else "concatenated"

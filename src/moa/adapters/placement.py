@@ -69,6 +69,12 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
             plan.outputs.append(drivers.index(driver))
         if config.router is not None:
             placement.output = drivers.index(driver)
+    chosen = getattr(config.gating, "k", 0)
+    if config.router is not None and drivers and chosen > len(drivers):
+        raise ValueError(
+            f"topk gating: k={chosen}, but block {block.index} has {len(drivers)} gates: {plan.columns}. Choose a "
+            "smaller k, or give the block more experts"
+        )
     return plan
 
 
@@ -108,19 +114,19 @@ def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfi
     Raises:
         ValueError: nothing was found and nothing says that there is none; the message lists what there is.
     """
-    host = block.host(role)
-    if host is None:
-        if role in block.absent:
-            return block.absent[role]
-        raise ValueError(
-            f"MoA is not sure which module of block {block.index} of {block.config.model_type} is {role!r}, which the "
-            f"{expert.kind} expert needs. The block's linear layers are {describe(block)}. Name it with "
-            f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
-        )
     if role in ("k", "v") and block.architecture.qkv_layout == "latent" and config.router is not None:
         return (
             "every step of decoding computes the keys and values of all cached tokens anew from compressed ones, and "
             "the router's gates for those are gone"
+        )
+    host = block.host(role)
+    if host is None and role in block.absent:
+        return block.absent[role]
+    if host is None:
+        raise ValueError(
+            f"MoA is not sure which module of block {block.index} of {block.config.model_type} is {role!r}, which the "
+            f"{expert.kind} expert needs. The block's linear layers are {describe(block)}. Name it with "
+            f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
         )
     return _attention_obstacle(block, host) if role == "attention" else None
 

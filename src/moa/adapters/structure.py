@@ -322,6 +322,8 @@ def _find_inline(level: nn.Module, place: str, taken: set[str], finding: Finding
 
 
 def _may_be_feed_forward(name: str) -> bool:
+    if name.startswith("mixture"):  # a router, attached before
+        return False
     return "norm" not in name.lower() and name not in ("intermediate", "output") and not _is_cross(name)
 
 
@@ -337,6 +339,7 @@ def _has_experts(module: nn.Module) -> bool:
     return any(
         name.rpartition(".")[2] == "experts" or "expert" in type(part).__name__.lower()
         for name, part in module.named_modules()
+        if "mixture" not in name
     )
 
 
