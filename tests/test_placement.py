@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import moa
 from moa import Copies, LoraExpert, MoAConfig, ParallelExpert, PromptExpert, TopK
 from moa.adapters.architectures import BlockView
-from moa.adapters.structure import view_blocks
+from moa.adapters.decoder import view_blocks
 
 FALCON = {"alibi": False, "bias": True}
 FUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -298,6 +298,14 @@ def test_layers_choose_the_attention_blocks_of_a_hybrid() -> None:
         get_peft_model(build_decoder("bamba", settings), MoAConfig(experts=[PromptExpert()]))
     config = MoAConfig(experts=[PromptExpert(layers=[1])])
     assert placed(get_peft_model(build_decoder("bamba", settings), config)) == [("prompt", None, [1])]
+
+
+def test_what_is_said_of_a_hybrid_holds_for_the_blocks_that_have_it() -> None:
+    said = {"o": "self_attn.o_proj", "attention": "self_attn"}
+    model = hosting("bamba", moa.preset("soft-moa", architecture=said), **DECODERS["bamba"].settings)
+    assert [layers for kind, _, layers in placed(model) if kind == "prompt"] == [[1]]
+    denied = hosting("bamba", moa.preset("soft-moa", architecture={"attention": None}), **DECODERS["bamba"].settings)
+    assert "prompt" not in [kind for kind, _, _ in placed(denied)]
 
 
 def test_compressed_keys_and_values_can_be_adapted_where_no_router_gates_them() -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from moa.adapters.architectures import BlockView, text_config
 from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
+from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.fitting import fit
 from moa.adapters.placement import BlockPlan, plan_block
-from moa.adapters.structure import view_blocks
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 
 

@@ -125,7 +125,7 @@ def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfi
     if host is None:
         raise ValueError(
             f"MoA is not sure which module of block {block.index} of {block.config.model_type} is {role!r}, which the "
-            f"{expert.kind} expert needs. The block's linear layers are {describe(block)}. Name it with "
+            f"{expert.kind} expert needs. The block's linear layers are {describe(block.module)}. Name it with "
             f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
         )
     return _attention_obstacle(block, host) if role == "attention" else None

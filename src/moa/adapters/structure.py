@@ -1,22 +1,18 @@
 """Finding the parts of a decoder block in its modules: by their names, and by shapes where a name is not enough.
 
-What is found is an `Architecture` and, for what is not there, a reason if there certainly is none. Where neither is
-sure the role is left open, and whoever needs it has to be told: see `moa.adapters.placement`.
+What is found is a path for each role, or a reason if the block certainly has none. Where neither is sure the role is
+left open, and whoever needs it has to be told: see `moa.adapters.placement`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
 
-from moa.adapters.architectures import EXCEPTIONS, ROLES, Architecture, BlockView, find_module, linear_size, text_config
+from moa.adapters.architectures import ROLES, find_module, linear_size
 from moa.adapters.attention_interface import uses_interface
-from moa.adapters.choices import from_fields
 
 QUERY = ("q_b_proj", "q_proj", "query", "query_proj", "q_lin", "wq", "Wq")
 KEY = ("k_proj", "key", "key_proj", "k_lin", "wk", "Wk")
@@ -31,13 +27,6 @@ GATE_UP = "gate_up_proj"
 FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
 CROSS = ("encoder_attn", "cross_attn", "crossattention", "cross_attention")
 
-OVERRIDDEN = "architecture= says that it has none"
-EXCEPTED = "its family has no single module for it"
-ENCODER_DECODER = (
-    "{name} is an encoder-decoder model: its blocks also attend to an encoder's output, of which a mixture's router "
-    "and prompts know nothing. MoA adapts decoder-only language models"
-)
-
 
 @dataclass
 class Finding:
@@ -48,122 +37,30 @@ class Finding:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def view_blocks(model: nn.Module, override: Mapping[str, Any] | None) -> dict[str, BlockView]:
-    """Every decoder block of ``model``, by its qualified name, in order.
-
-    Args:
-        model: a transformers model, also one of several parts of which one is the language model.
-        override: what the user says in ``MoAConfig(architecture=...)``.
-
-    Raises:
-        ValueError: it is no decoder of attention blocks, or its blocks cannot be told from other modules.
-    """
-    config = text_config(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(ENCODER_DECODER.format(name=_named(model)))
-    known = {**EXCEPTIONS.get(config.model_type, {}), **(override or {})}
-    names = find_blocks(model, from_fields("architecture", Architecture, known))
-    views = {}
-    for index, name in enumerate(names):
-        views[name] = _view(model.get_submodule(name), index, known, _config_of_block(config, index))
-        views[name].absent |= {
-            role: OVERRIDDEN for role, path in (override or {}).items() if role in ROLES and not path
-        }
-    _check_paths(override or {}, list(views.values()))
-    if any(view.attention is not None and _crosses(view.module) for view in views.values()):
-        raise ValueError(ENCODER_DECODER.format(name=_named(model)))
-    _check_sharing(views)
-    return views
-
-
-def find_blocks(model: nn.Module, said: Architecture) -> list[str]:
-    """Qualified names of the decoder blocks, in order.
-
-    Raises:
-        ValueError: no ModuleList, or more than one, can be meant.
-    """
-    every = dict(_module_lists(model))
-    if said.blocks is not None:
-        lists = [name for name in every if f".{name}".endswith(f".{said.blocks}")]
-        if not lists:
-            raise ValueError(
-                f"architecture: no ModuleList's path ends with blocks={said.blocks!r}; there are {[*every]}"
-            )
-    else:
-        lists = [name for name, blocks in every.items() if any(_attends(block, said.attention) for block in blocks)]
-    if len(lists) > 1:
-        lists = _of_the_language_model(model, every, lists)
-    if len(lists) > 1:
-        raise ValueError(
-            f"cannot tell which of {lists} are the decoder blocks of {_named(model)}. Give the whole path of one list "
-            "in MoAConfig(architecture={'blocks': ...})"
-        )
-    if not lists:
-        raise ValueError(
-            f"found no decoder block with attention in {_named(model)}: its lists of blocks hold {_contents(every)}. "
-            "MoA adapts blocks of attention and a feed-forward module; pure state-space and recurrent models have "
-            "none. If this model has, say where with MoAConfig(architecture={'blocks': ..., 'attention': ..., 'q': "
-            "..., 'k': ..., 'v': ..., 'o': ..., 'mlp': ..., 'down': ...})"
-        )
-    return [f"{lists[0]}.{index}" for index in range(len(every[lists[0]]))]
-
-
-def _of_the_language_model(model: nn.Module, every: Mapping[str, nn.ModuleList], lists: list[str]) -> list[str]:
-    """Those of ``lists`` that are not in a tower for pictures or sound, which looks alike; all if nothing tells."""
-    if hasattr(model, "get_decoder"):
-        inside = {id(module) for module in model.get_decoder().modules()}
-        lists = [name for name in lists if id(every[name]) in inside] or lists
-    towers = ("vision", "visual", "audio", "image")
-    return [name for name in lists if not any(tower in name for tower in towers)] or lists
-
-
-def _attends(block: nn.Module, attention: str | None) -> bool:
-    return bool(_attention_owners(block)) or find_module(block, attention) is not None
-
-
-def _contents(lists: Mapping[str, nn.ModuleList]) -> dict[str, list[str]]:
-    """What the blocks of every list are made of: class names of their children."""
-    return {
-        name: sorted({type(child).__name__ for block in blocks for child in block.children()})
-        for name, blocks in lists.items()
-    }
-
-
-def _named(model: nn.Module) -> str:
-    return f"{type(model).__name__} ({text_config(model).model_type})"
-
-
-def _module_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost ModuleLists below ``module``."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) and len(child):
-            yield prefix + name, child
-        else:
-            yield from _module_lists(child, f"{prefix}{name}.")
-
-
-def _config_of_block(config: PretrainedConfig, index: int) -> PretrainedConfig:
-    """The block's own configuration in models of unlike blocks, whose common one refuses to be asked."""
-    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
-
-
-def _view(block: nn.Module, index: int, known: Mapping[str, Any], config: PretrainedConfig) -> BlockView:
+def find_parts(block: nn.Module, hidden_size: int) -> Finding:
+    """Everything that can be told of ``block``, whose tokens are ``hidden_size`` wide."""
     finding = Finding()
     _find_attention(block, finding)
-    if finding.paths or not _crosses(block):
-        _find_feed_forward(block, finding, config.hidden_size)
+    if finding.paths or not crosses(block):
+        _find_feed_forward(block, finding, hidden_size)
     else:
         finding.absent = dict.fromkeys(ROLES, "it attends to another model's features and runs only if there are any")
-    if "qkv_layout" not in known and finding.layout is not None:
-        known = {**known, "qkv_layout": finding.layout}
-    architecture = Architecture(**{**finding.paths, **known})
-    heads = getattr(find_module(block, architecture.attention), "num_heads", None)
-    if isinstance(heads, int) and heads != config.num_attention_heads:  # some families vary them from block to block
-        config = copy.copy(config)
-        config.num_attention_heads = heads
-    absent = {role: why for role, why in finding.absent.items() if getattr(architecture, role) is None}
-    absent |= {role: EXCEPTED for role in ROLES if role in known and known[role] is None}
-    return BlockView(block, index, architecture, config, absent)
+    return finding
+
+
+def attends(block: nn.Module) -> bool:
+    """Whether the block attends to its own tokens."""
+    return bool(_attention_owners(block))
+
+
+def crosses(block: nn.Module) -> bool:
+    """Whether the block attends to another model's output."""
+    return any(_is_cross(name) for name, _ in _parts(block))
+
+
+def describe(block: nn.Module) -> str:
+    """The block's linear layers with their sizes, for messages."""
+    return ", ".join(f"{path} ({size[0]} -> {size[1]})" for path, size in _linears(block)) or "no linear layer"
 
 
 def _find_attention(block: nn.Module, finding: Finding) -> None:
@@ -257,13 +154,8 @@ def _find_feed_forward_in(block: nn.Module, place: str, taken: set[str], finding
     candidates = []
     for name, child in level.named_children():
         path = _join(place, name)
-        inside = attention is not None and f"{attention}.".startswith(f"{path}.")
-        if (
-            inside
-            or path in taken
-            or any(one.startswith(f"{path}.") for one in taken)
-            or not _may_be_feed_forward(name)
-        ):
+        used = any(f"{one}.".startswith(f"{path}.") for one in (attention, *taken) if one is not None)
+        if used or not _may_be_feed_forward(name):
             continue
         if linear_size(child) is None and _is_feed_forward(child):
             candidates.append(path)
@@ -295,8 +187,9 @@ def _find_projections(mlp: nn.Module, path: str, finding: Finding, hidden: int) 
     if down is not None:
         finding.paths["down"] = _join(path, down)
     elif _has_experts(mlp):
-        why = "the weights of its feed-forward experts are stacked 3-D parameters, not linear layers"
-        finding.absent |= dict.fromkeys(("gate", "up", "down"), why)
+        stacked = any(parameter.dim() == 3 for parameter in mlp.parameters())
+        why = "are stacked 3-D parameters, not linear layers" if stacked else "are one set of layers for each expert"
+        finding.absent |= dict.fromkeys(("gate", "up", "down"), f"the weights of its feed-forward experts {why}")
 
 
 def _by_shape(mlp: nn.Module, hidden: int, up: str | None, down: str | None) -> tuple[str | None, str | None]:
@@ -390,41 +283,5 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _crosses(block: nn.Module) -> bool:
-    return any(_is_cross(name) for name, _ in _parts(block))
-
-
 def _is_cross(name: str) -> bool:
     return any(part in CROSS for part in name.lower().split("."))
-
-
-def describe(view: BlockView) -> str:
-    """The linear layers of a block with their sizes, for messages."""
-    return ", ".join(f"{path} ({size[0]} -> {size[1]})" for path, size in _linears(view.module)) or "no linear layer"
-
-
-def _check_sharing(views: Mapping[str, BlockView]) -> None:
-    """Raise ValueError if two blocks run the same modules, whose experts could not tell which block's gates are theirs.
-
-    Weights that are tied between modules of their own are fine.
-    """
-    owners: dict[int, str] = {}
-    for name, view in views.items():
-        for role in ("attention", "mlp"):
-            host = view.host(role)
-            if host is not None and owners.setdefault(id(host.module), name) != name:
-                raise ValueError(
-                    f"{owners[id(host.module)]} and {name} share one {role} module: an expert there could not tell "
-                    "which of the blocks runs it. Give each block a module of its own (their weights may be tied)"
-                )
-
-
-def _check_paths(override: Mapping[str, Any], views: list[BlockView]) -> None:
-    """Raise ValueError if no block has a module that the user names."""
-    for role in ROLES:
-        for end in (override.get(role) or "").split(".."):
-            if end and all(find_module(view.module, end) is None for view in views):
-                raise ValueError(
-                    f"architecture: no decoder block has a module {end!r} ({role}). The linear layers of block 0 are "
-                    f"{describe(views[0])}"
-                )
