@@ -1,7 +1,8 @@
-"""A model family that is not in MoA's table: say where its parts are, in the configuration.
+"""A model family that MoA has never seen: most of it is found, the rest is said in the configuration.
 
-Builds a tiny random Phi model (nothing is downloaded), shows the error without `architecture=`, then trains and reloads
-an adapter with it. The paths are relative to one decoder block; `print(model)` shows them.
+Builds a tiny random model of a family of its own whose queries, keys and values come out of one matrix (nothing is
+downloaded). Its modules are found by their names and shapes, but not the order inside that matrix: shows the error that
+asks for it, answers with `architecture=`, then trains and reloads an adapter.
 
     python examples/custom_family.py
 """
@@ -10,41 +11,41 @@ import tempfile
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import moa
 
-PHI = {
-    "blocks": "layers",
-    "attention": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.dense",
-    "gate": None,  # Phi's MLP has two layers and no gate projection
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-    "mlp": "mlp",
-}
+
+class MyConfig(GPTNeoXConfig):
+    """A family of its own, as far as MoA can tell."""
+
+    model_type = "my_family"
 
 
-def tiny_phi() -> PhiForCausalLM:
+class MyForCausalLM(GPTNeoXForCausalLM):
+    """Its model."""
+
+    config_class = MyConfig
+
+
+def tiny_model() -> MyForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return PhiForCausalLM(PhiConfig(**sizes, **tokens)).eval()
+    return MyForCausalLM(MyConfig(**sizes, **tokens)).eval()
 
 
 def main() -> None:
     try:
-        get_peft_model(tiny_phi(), moa.preset("soft-moa"))
+        get_peft_model(tiny_model(), moa.preset("soft-moa"))
     except ValueError as error:
         print(f"without architecture=: {error}\n")
 
     ids = torch.randint(3, 64, (4, 12))
-    model = get_peft_model(tiny_phi(), moa.preset("soft-moa", architecture=PHI))
+    # One head's query, key and value stand together, then the next head's. Everything else is found.
+    model = get_peft_model(tiny_model(), moa.preset("soft-moa", architecture={"qkv_layout": "per_head"}))
     with torch.no_grad():
-        print("identical to the base before training:", torch.equal(model(ids).logits, tiny_phi()(ids).logits))
+        print("identical to the base before training:", torch.equal(model(ids).logits, tiny_model()(ids).logits))
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for step in range(20):
@@ -62,7 +63,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(tiny_phi(), folder)
+        loaded = PeftModel.from_pretrained(tiny_model(), folder)
         print("the same after saving and loading:", torch.equal(loaded(ids).logits, trained))
 
 

@@ -1,166 +1,86 @@
-"""Where the parts of a decoder block live in each model family: data, not code.
+"""Where the parts of a decoder block are: the terms in which a family is described, and what no structure can tell.
 
-A family is one `Architecture`: module paths inside a decoder block, and, for fused projections, how the fused output
-is laid out. A family that is not in the table is given by the user in the same terms:
-``MoAConfig(architecture={"blocks": "model.layers", "attention": "self_attn", "q": "self_attn.q_proj", ...})``.
+`moa.adapters.structure` finds most of it in the modules themselves. `EXCEPTIONS` holds what it cannot know, such as the
+order of rows in a fused projection, by ``model_type``. Users say the same things in the same terms:
+``MoAConfig(architecture={"q": "attn.query", "qkv_layout": None, ...})``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from moa import _hosts
-from moa.adapters.choices import from_fields
+from moa.adapters.choices import check_choice
 from moa.adapters.low_rank import Part
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+ROLES = (*PROJECTIONS, "mlp", "attention")
+QKV_LAYOUTS = ("bigcode", "codegen", "concatenated", "falcon", "latent", "per_head")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths of one family, relative to a decoder block; None where the family has no such module.
+    """Module paths of one decoder block, relative to it; None where it has no such module.
 
     Attributes:
-        blocks: the end of the path of the ModuleList that holds the decoder blocks.
+        blocks: the end of the path of the ModuleList that holds the decoder blocks; None: found by itself.
         attention: the module whose forward calls transformers' attention interface.
         q, k, v, o, gate, up, down: linear projections; several may name the same fused module.
         mlp: the feed-forward module, or ``"first..last"`` where the block calls its layers itself.
-        qkv_layout: ``"concatenated"``, ``"per_head"`` (GPT-NeoX) or ``"falcon"`` if q, k and v are fused.
+        qkv_layout: how a module that several of q, k and v name is laid out: ``"concatenated"``, ``"per_head"``
+            (GPT-NeoX), ``"latent"`` (keys without rotation and values of each head, as in DeepSeek's ``kv_b_proj``),
+            ``"falcon"``, ``"bigcode"`` or ``"codegen"``.
         mask_hides: True in a block's boolean attention mask means "hidden" and not, as elsewhere, "visible".
     """
 
-    blocks: str = "layers"
-    attention: str | None = "self_attn"
-    q: str | None = "self_attn.q_proj"
-    k: str | None = "self_attn.k_proj"
-    v: str | None = "self_attn.v_proj"
-    o: str | None = "self_attn.o_proj"
-    gate: str | None = "mlp.gate_proj"
-    up: str | None = "mlp.up_proj"
-    down: str | None = "mlp.down_proj"
-    mlp: str | None = "mlp"
+    blocks: str | None = None
+    attention: str | None = None
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    o: str | None = None
+    gate: str | None = None
+    up: str | None = None
+    down: str | None = None
+    mlp: str | None = None
     qkv_layout: str | None = None
     mask_hides: bool = False
 
+    def __post_init__(self) -> None:
+        if self.qkv_layout is not None:
+            check_choice("architecture: qkv_layout", self.qkv_layout, QKV_LAYOUTS)
 
-LLAMA = Architecture()
-MIXTURE_OF_EXPERTS = Architecture(gate=None, up=None, down=None)
 
-ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(
-        (
-            *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"),
-            *("olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm", "smollm3", "seed_oss"),
-            *("exaone4", "helium", "arcee"),
-        ),
-        LLAMA,
-    ),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe"), MIXTURE_OF_EXPERTS),
-    "phi3": Architecture(
-        q="self_attn.qkv_proj",
-        k="self_attn.qkv_proj",
-        v="self_attn.qkv_proj",
-        gate="mlp.gate_up_proj",
-        up="mlp.gate_up_proj",
-        qkv_layout="concatenated",
-    ),
-    "starcoder2": Architecture(gate=None, up="mlp.c_fc", down="mlp.c_proj"),
-    "opt": Architecture(o="self_attn.out_proj", gate=None, up="fc1", down="fc2", mlp="fc1..fc2"),
-    "gpt2": Architecture(
-        blocks="h",
-        attention="attn",
-        q="attn.c_attn",
-        k="attn.c_attn",
-        v="attn.c_attn",
-        o="attn.c_proj",
-        gate=None,
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        qkv_layout="concatenated",
-    ),
-    "gpt_neox": Architecture(
-        attention="attention",
-        q="attention.query_key_value",
-        k="attention.query_key_value",
-        v="attention.query_key_value",
-        o="attention.dense",
-        gate=None,
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        qkv_layout="per_head",
-    ),
-    "falcon": Architecture(
-        blocks="h",
-        attention="self_attention",
-        q="self_attention.query_key_value",
-        k="self_attention.query_key_value",
-        v="self_attention.query_key_value",
-        o="self_attention.dense",
-        gate=None,
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        qkv_layout="falcon",
-    ),
-    "gptj": Architecture(
-        blocks="h",
-        attention="attn",
-        q="attn.q_proj",
-        k="attn.k_proj",
-        v="attn.v_proj",
-        o="attn.out_proj",
-        gate=None,
-        up="mlp.fc_in",
-        down="mlp.fc_out",
-    ),
-    "bloom": Architecture(
-        blocks="h",
-        attention="self_attention",
-        q="self_attention.query_key_value",
-        k="self_attention.query_key_value",
-        v="self_attention.query_key_value",
-        o="self_attention.dense",
-        gate=None,
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        qkv_layout="per_head",
-    ),
-    "mpt": Architecture(
-        blocks="blocks",
-        attention="attn",
-        q="attn.Wqkv",
-        k="attn.Wqkv",
-        v="attn.Wqkv",
-        o="attn.out_proj",
-        gate=None,
-        up="ffn.up_proj",
-        down="ffn.down_proj",
-        mlp="ffn",
-        qkv_layout="concatenated",
-        mask_hides=True,
-    ),
+CONCATENATED: dict[str, Any] = {"qkv_layout": "concatenated"}
+PER_HEAD: dict[str, Any] = {"qkv_layout": "per_head"}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("phi3", "phi4_multimodal", "gpt2", "gpt-sw3", "openai-gpt"), CONCATENATED),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "minimax"), PER_HEAD),
+    "mpt": {"qkv_layout": "concatenated", "mask_hides": True},
+    "falcon": {"qkv_layout": "falcon"},
+    "gpt_bigcode": {"qkv_layout": "bigcode"},
+    "codegen": {"qkv_layout": "codegen"},
+    # gate and up in one matrix under a name that does not say so, the activated half first
+    "moshi": {"gate": "mlp.fc1", "up": "mlp.fc1"},
+    "modernbert-decoder": {"gate": "mlp.Wi", "up": "mlp.Wi"},
+    # queries and outputs are chosen per token among stacked 3-D weights, keys and values are not
+    "jetmoe": {
+        "attention": "self_attention",
+        "q": None,
+        "k": "self_attention.kv_proj",
+        "v": "self_attention.kv_proj",
+        "o": None,
+        "qkv_layout": "concatenated",
+    },
+    # one vector is the key and the value of all heads, and it is compressed once more before it is attended to
+    "deepseek_v4": {"k": None, "v": None},
 }
-
-
-def architecture_of(model_type: str | None, override: Mapping[str, str | None] | None) -> Architecture:
-    """The table's entry, or the user's own.
-
-    Raises:
-        ValueError: the family is unknown and no ``architecture`` was given, or it has an unknown key.
-    """
-    if override is not None:
-        return from_fields("architecture", Architecture, override)
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"MoA does not know where the projections of {model_type!r} models are. Say so with "
-            f"MoAConfig(architecture={{'blocks': ..., 'attention': ..., 'q': ..., 'down': ..., 'mlp': ...}}): module "
-            f"paths inside one decoder block, None for what it lacks. Known families: {sorted(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[model_type]
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
@@ -168,33 +88,23 @@ def text_config(model: nn.Module) -> PretrainedConfig:
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"{type(model).__name__} has no config; MoA adapts transformers models")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def find_blocks(model: nn.Module, architecture: Architecture) -> list[str]:
-    """Qualified names of the decoder blocks, in order.
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of anything that maps features as a linear layer does, quantised ones included.
 
-    Raises:
-        ValueError: no ModuleList, or more than one, fits ``architecture``.
+    None: the module is something else.
     """
-    anchor = architecture.attention or architecture.mlp or architecture.q
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and f".{name}".endswith(f".{architecture.blocks}")
-        and len(module) > 0
-        and (anchor is None or _find(module[0], anchor.partition("..")[0]) is not None)
-    ]
-    if len(lists) > 1:  # a vision tower may look alike
-        lists = [name for name in lists if "language_model" in name or "text_model" in name] or lists
-    if len(lists) != 1:
-        found = f"these all fit: {lists}" if lists else "no ModuleList fits"
-        raise ValueError(
-            f"cannot tell which modules of {type(model).__name__} are its decoder blocks: {found}. "
-            f"Give the whole path in MoAConfig(architecture={{'blocks': ...}})."
-        )
-    return [f"{lists[0]}.{index}" for index in range(len(model.get_submodule(lists[0])))]
+    if isinstance(module, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
+        return None
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() > 2:  # the stacked weights of many experts
+        return None
+    with warnings.catch_warnings():  # PEFT warns of layers that it does not know by class, although it can read them
+        warnings.simplefilter("ignore", UserWarning)
+        in_features, out_features = _hosts.features_of(module)
+    return None if in_features is None or out_features is None else (int(in_features), int(out_features))
 
 
 @dataclass(frozen=True)
@@ -207,7 +117,7 @@ class Host:
         in_features: width of that input.
         out_features: width of what the expert adds.
         part: which rows of a fused output, or None for all of it.
-        config: the language model's configuration.
+        config: the configuration of the language model, in a model of unlike blocks that of this block.
     """
 
     module: nn.Module
@@ -218,14 +128,24 @@ class Host:
     config: PretrainedConfig
 
 
+@dataclass(eq=False)
 class BlockView:
-    """One decoder block seen through its family's `Architecture`."""
+    """One decoder block seen through its `Architecture`.
 
-    def __init__(self, block: nn.Module, index: int, architecture: Architecture, config: PretrainedConfig):
-        self.module = block
-        self.index = index
-        self.architecture = architecture
-        self.config = config
+    Attributes:
+        module: the block.
+        index: its number.
+        architecture: where its parts are.
+        config: as in `Host`.
+        absent: role -> why this block certainly has no host for it. A role that has neither a host nor an entry here
+            is one that the finder is not sure about.
+    """
+
+    module: nn.Module
+    index: int
+    architecture: Architecture
+    config: PretrainedConfig
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -233,57 +153,112 @@ class BlockView:
 
     @property
     def attention(self) -> nn.Module | None:
-        return _find(self.module, self.architecture.attention)
+        return find_module(self.module, self.architecture.attention)
 
     def host(self, role: str) -> Host | None:
-        """The host for ``role`` (a projection, ``"mlp"`` or ``"attention"``), None if this block has none."""
+        """The host for ``role`` (a projection, ``"mlp"`` or ``"attention"``), None if this block has none.
+
+        Raises:
+            ValueError: the role is a part of a fused projection whose layout nobody has said, or does not fit its size.
+        """
         path = getattr(self.architecture, role)
         first, _, last = (path or "").partition("..")
-        source, module = _find(self.module, first), _find(self.module, last or first)
+        source, module = find_module(self.module, first), find_module(self.module, last or first)
         if source is None or module is None:
             return None
+        if role == "mlp" and isinstance(module, nn.Sequential):  # which would run a child as one more of its layers
+            source, module = module[0], module[-1]
         if role not in PROJECTIONS:
-            return Host(module, source, self.hidden_size, self.hidden_size, None, self.config)
-        in_features, out_features = _hosts.features_of(module)
-        if in_features is None:  # stacked experts and other things that are not a linear layer
+            width = self._attention_width() if role == "attention" else self.hidden_size
+            return Host(module, source, width, self.hidden_size, None, self.config)
+        size = linear_size(module)
+        if size is None:  # stacked experts and other things that are not a linear layer
             return None
-        part = self._part(role, path)
+        in_features, out_features = size
+        part = self._part(role, path, out_features)
         if part is not None:
             out_features = out_features // part.slots * (part.stop - part.start)
         return Host(module, module, in_features, out_features, part, self.config)
 
-    def _part(self, role: str, path: str) -> Part | None:
+    def _attention_width(self) -> int:
+        """Width of what the attention module reads: the block's, but for those that see the embeddings beside it."""
+        path = self.architecture.k if self.architecture.qkv_layout != "latent" else None
+        module = find_module(self.module, path)
+        size = None if module is None else linear_size(module)
+        return self.hidden_size if size is None else size[0]
+
+    def _part(self, role: str, path: str, out_features: int) -> Part | None:
         shared = [name for name in PROJECTIONS if getattr(self.architecture, name) == path]
         if len(shared) == 1:
             return None
         if role in ("gate", "up"):
-            return Part(1, 2, shared.index(role), shared.index(role) + 1)
-        return _qkv_part(role, self.architecture.qkv_layout, self.config)
+            start = shared.index(role)
+            return Part(1, 2, start, start + 1)
+        if self.architecture.qkv_layout is None:
+            raise ValueError(
+                f"{path} ({out_features} outputs) of block {self.index} holds {' and '.join(shared)} in an order that "
+                "its shape does not tell. Say it with MoAConfig(architecture={'qkv_layout': 'concatenated'}) if all "
+                "queries come first, then all keys, then all values, or 'per_head' if one head's queries, key and "
+                "value stand together"
+            )
+        if self.architecture.qkv_layout == "latent":
+            return self._latent_part(role, out_features)
+        return qkv_part(role, shared, self.architecture.qkv_layout, self.config, out_features)
+
+    def _latent_part(self, role: str, out_features: int) -> Part:
+        """Of every head its key without rotation, then its value."""
+        names = ("qk_nope_head_dim", "v_head_dim")
+        key, value = (getattr(self.attention, name, None) or getattr(self.config, name) for name in names)
+        if out_features % (key + value):
+            raise ValueError(f"architecture: {out_features} rows are not heads of {key} + {value}, as 'latent' needs")
+        start, stop = (0, key) if role == "k" else (key, key + value)
+        return Part(out_features // (key + value), key + value, start, stop)
 
 
-def _qkv_part(role: str, layout: str | None, config: PretrainedConfig) -> Part:
-    heads: int = config.num_attention_heads
-    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+def qkv_part(role: str, shared: list[str], layout: str, config: Any, out_features: int) -> Part:
+    """Where ``role`` is in a projection of ``out_features`` rows that holds all of ``shared``.
+
+    Raises:
+        ValueError: that many rows cannot be laid out so.
+    """
+    if layout == "codegen":  # four groups, each its queries, values and keys, in this order
+        start = ("q", "v", "k").index(role)
+        return Part(4, 3, start, start + 1)
+    heads, kv_heads = _head_counts(config, out_features, with_queries="q" in shared)
     if layout == "falcon":
-        layout, kv_heads = _falcon_layout(config)
-    per_kv = heads // kv_heads
-    if layout == "per_head":  # for every KV head: its queries, its key, its value
-        start = {"q": 0, "k": per_kv, "v": per_kv + 1}[role]
-        return Part(kv_heads, per_kv + 2, start, start + (per_kv if role == "q" else 1))
-    if layout == "concatenated":
-        start = {"q": 0, "k": heads, "v": heads + kv_heads}[role]
-        return Part(1, heads + 2 * kv_heads, start, start + (heads if role == "q" else kv_heads))
-    raise ValueError(f"architecture: qkv_layout={layout!r} is not one of ['concatenated', 'falcon', 'per_head']")
+        layout = "per_head" if config.new_decoder_architecture or not config.multi_query else "concatenated"
+    elif layout == "bigcode":
+        layout = "concatenated" if config.multi_query else "per_head"
+    if layout == "per_head":  # of every KV head: its queries, its key, its value
+        sizes, groups = {"q": heads // kv_heads, "k": 1, "v": 1}, kv_heads
+    else:
+        sizes, groups = {"q": heads, "k": kv_heads, "v": kv_heads}, 1
+    start = sum(sizes[name] for name in shared[: shared.index(role)])
+    return Part(groups, sum(sizes[name] for name in shared), start, start + sizes[role])
 
 
-def _falcon_layout(config: Any) -> tuple[str, int]:
-    """Falcon's three layouts (7B multi-query, 40B grouped, RW multi-head) in terms of the other two."""
-    if config.new_decoder_architecture:
-        return "per_head", config.num_kv_heads
-    return ("concatenated", 1) if config.multi_query else ("per_head", config.num_attention_heads)
+def _head_counts(config: Any, out_features: int, *, with_queries: bool) -> tuple[int, int]:
+    """Heads and KV heads of a fused projection; its size decides where the configuration speaks of other blocks."""
+    heads: int = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries = heads if with_queries else 0
+    named = _kv_heads(config) or heads
+    for kv_heads in (named, 1, heads):
+        if (queries + 2 * kv_heads) * width == out_features:
+            return heads, kv_heads
+    if (queries + 2 * named) * width % out_features:  # nor one rank's equal share of it
+        raise ValueError(
+            f"architecture: {out_features} rows are not {heads} heads of {width} numbers with their keys and values"
+        )
+    return heads, named
 
 
-def _find(module: nn.Module, path: str | None) -> nn.Module | None:
+def _kv_heads(config: Any) -> int | None:
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+
+
+def find_module(module: nn.Module, path: str | None) -> nn.Module | None:
+    """The submodule at ``path``, None if there is none."""
     for name in (path or "").split("."):
         child = _hosts.children(module).get(name)
         if child is None:

@@ -47,7 +47,7 @@ def _function(attention: nn.Module, implementation: str) -> Callable[..., tuple[
 
 def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         guests = [child for child in _hosts.children(module).values() if hasattr(child, "after_attention")]
         for guest in guests:
@@ -55,7 +55,7 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
             if now is not None and now.bypassed:  # a guest is asking for its own keys and values
                 now.notes["probe"] = (key, value)
                 return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-        output, weights = _function(module, implementation)(module, query, key, value, mask, *args, **kwargs)
+        output, weights = _function(module, implementation)(module, query, key, value, attention_mask, *args, **kwargs)
         for guest in guests:
             output = guest.after_attention(module, query, kwargs.get("scaling"), output)
         return output, weights

@@ -33,7 +33,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 
 
 def _paper_experts() -> list[ExpertConfig]:
-    return [LoraExpert(), PromptExpert(), ParallelExpert()]
+    return [LoraExpert(optional=True), PromptExpert(optional=True), ParallelExpert(optional=True)]
 
 
 @dataclass
@@ -46,7 +46,8 @@ class MoAConfig(PeftConfig):
         experts: what sits in every block, e.g. ``[LoraExpert(targets=["q", "v"], r=8), ParallelExpert(size=16)]``.
         router: one per block, shared by its experts. None: no router, every expert is simply added.
         gating: ``"soft"``, ``"softmax"``, ``"topk"``, ``"threshold"``, or e.g. ``Threshold(gamma_max=0.2)``.
-        architecture: module paths of a model family that MoA does not know, see `moa.adapters.architectures`.
+        layers_to_transform: numbers of the blocks that get experts at all, as in PEFT: one, or a list; None: all.
+        architecture: module paths that MoA does not find by itself, see `moa.adapters.architectures.Architecture`.
         modules_to_save: modules outside of the mixture to train and save in full, as in PEFT.
         trainable_token_indices: rows of the embedding to train, as in PEFT; TRL sets it for tokens of a chat template.
         init_weights: start as the base model, bit for bit. False draws every weight at random (for tests).
@@ -62,7 +63,8 @@ class MoAConfig(PeftConfig):
     experts: list[Any] = field(default_factory=_paper_experts)
     router: Any = field(default_factory=Router)
     gating: Any = field(default_factory=Soft)
-    architecture: dict[str, str | None] | None = None
+    layers_to_transform: Any = None
+    architecture: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_weights: bool = True
@@ -87,6 +89,8 @@ class MoAConfig(PeftConfig):
         self.gating = build("gating", GATINGS, self.gating)
         if self.router is not None and not isinstance(self.router, Router):
             self.router = from_fields("router", Router, self.router)
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = block_numbers("layers_to_transform", self.layers_to_transform)
         if self.architecture is not None:
             from_fields("architecture", Architecture, self.architecture)
 
@@ -99,6 +103,18 @@ class MoAConfig(PeftConfig):
         card = Path(save_directory, "README.md")
         if card.is_file() and CARD_NOTE.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(f"{text.rstrip()}\n\n### How to load\n\n{CARD_NOTE}", encoding="utf-8")
+
+
+def block_numbers(what: str, given: Any) -> list[int]:
+    """One number of a block, or a list of them, as a list.
+
+    Raises:
+        ValueError: it is neither, or names no block at all.
+    """
+    numbers = list(given) if isinstance(given, list | tuple) else [given]
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise ValueError(f"{what}={given!r} must be the number of a block, counted from 0, or a list of such numbers")
+    return numbers
 
 
 def _check_format(version: Any) -> None:

@@ -13,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from moa import _hosts
-from moa.adapters.architectures import BlockView, architecture_of, find_blocks, text_config
+from moa.adapters.architectures import BlockView, text_config
 from moa.adapters.auxiliary import follow_loss
 from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
+from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.experts.bottleneck import BottleneckLayer
+from moa.adapters.fitting import fit
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 
@@ -34,8 +36,12 @@ class MoAModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them."""
+        """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them, and what is kept
+        and saved of it is what this model can host.
+        """
         kwargs["state_dict"] = None
+        self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
+        self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
         if mixtures and mixtures[0].auxiliary.get(adapter_name):  # for whoever calls the model and not its PeftModel
@@ -50,18 +56,10 @@ class MoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Plan every block before the first one is touched."""
-        config = text_config(model)
-        family = config.model_type
-        architecture = architecture_of(family, peft_config.architecture)
-        names = find_blocks(model, architecture)
-        for expert in peft_config.experts:
-            beyond = [layer for layer in expert.layers or [] if layer >= len(names)]
-            if beyond:
-                raise ValueError(f"{expert.kind} expert: layers={beyond}, but the model has {len(names)} blocks")
-        self._plans: dict[str, tuple[BlockView, BlockPlan]] = {}
-        for index, name in enumerate(names):
-            view = BlockView(model.get_submodule(name), index, architecture, config)
-            self._plans[name] = (view, plan_block(peft_config, view, family))
+        family = text_config(model).model_type
+        self._plans: dict[str, tuple[BlockView, BlockPlan]] = {
+            name: (view, plan_block(peft_config, view, family)) for name, view in self._views.items()
+        }
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._plans

@@ -5,16 +5,23 @@ Nothing is attached here, so that a configuration that does not fit a model fail
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moa.adapters.architectures import BlockView, Host
+from moa.adapters.architectures import PROJECTIONS, BlockView, Host
 from moa.adapters.attention_interface import uses_interface
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import ExpertConfig
+from moa.adapters.structure import describe
 
 # The official implementation's order of gates; experts of other kinds come after, in the order of the configuration.
 COLUMN_ORDER = ("lora", "q", "k", "v", "prompt", "o", "up", "gate", "down", "parallel")
+
+PROBED = ("position_embeddings", "attention_mask")
+"""What the prompt expert can give to an attention module beside its tokens."""
+
+SPLIT_VALUES = ("diffllama",)
 
 
 @dataclass
@@ -63,6 +70,12 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
             plan.outputs.append(drivers.index(driver))
         if config.router is not None:
             placement.output = drivers.index(driver)
+    chosen = getattr(config.gating, "k", 0)
+    if config.router is not None and drivers and chosen > len(drivers):
+        raise ValueError(
+            f"topk gating: k={chosen}, but block {block.index} has {len(drivers)} gates: {plan.columns}. Choose a "
+            "smaller k, or give the block more experts"
+        )
     return plan
 
 
@@ -75,30 +88,81 @@ def column_position(name: str) -> int:
 def _placements(config: MoAConfig, block: BlockView, family: str) -> Iterator[Placement]:
     taken: dict[str, int] = {}
     for expert in config.experts:
-        if expert.layers is not None and block.index not in expert.layers:
+        if block.index not in layers_of(expert, config, block.index + 1):
             continue
         for site in expert.sites():
+            why = obstacle(block, site.role, expert, config)
             host = block.host(site.role)
-            if host is None:
-                raise ValueError(_no_host(expert, site.role, family, block))
-            if site.role == "attention" and not uses_interface(host.module):
+            if why is not None or host is None:
                 raise ValueError(
-                    f"the {expert.kind} expert cannot sit in {family}: its attention does not go through "
-                    "transformers' attention interface. Leave that expert out, e.g. "
-                    "MoAConfig(experts=[LoraExpert(), ParallelExpert()])."
+                    f"the {expert.kind} expert cannot sit at {site.role!r} in block {block.index} of {family}: {why}. "
+                    f"{_way_out(expert, site.role, block)}"
                 )
             taken[site.name] = taken.get(site.name, 0) + 1
             name = site.name if taken[site.name] == 1 else f"{site.name}#{taken[site.name]}"
             yield Placement(name, site.role, expert, host)
 
 
-def _no_host(expert: ExpertConfig, role: str, family: str, block: BlockView) -> str:
-    roles = ("q", "k", "v", "o", "gate", "up", "down", "mlp", "attention")
-    offered = [name for name in roles if block.host(name) is not None]
-    stacked = block.host("mlp") is not None and block.host("down") is None and role in ("gate", "up", "down")
-    why = " (its experts' weights are stacked 3-D parameters, not linear layers)" if stacked else ""
+def layers_of(expert: ExpertConfig, config: MoAConfig, blocks: int) -> list[int]:
+    """Numbers of the blocks, of ``blocks``, that are to get this expert."""
+    limits = [layers for layers in (expert.layers, config.layers_to_transform) if layers is not None]
+    return [index for index in range(blocks) if all(index in layers for layers in limits)]
+
+
+def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfig) -> str | None:
+    """Why this block certainly has no place for ``role``; None: it has one.
+
+    Raises:
+        ValueError: nothing was found and nothing says that there is none; the message lists what there is.
+    """
+    if role in ("k", "v") and block.architecture.qkv_layout == "latent" and config.router is not None:
+        return (
+            "every step of decoding computes the keys and values of all cached tokens anew from compressed ones, and "
+            "the router's gates for those are gone"
+        )
+    host = block.host(role)
+    if host is None and role in block.absent:
+        return block.absent[role]
+    if host is None:
+        raise ValueError(
+            f"MoA is not sure which module of block {block.index} of {block.config.model_type} is {role!r}, which the "
+            f"{expert.kind} expert needs. The block's linear layers are {describe(block.module)}. Name it with "
+            f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
+        )
+    return _attention_obstacle(block, host) if role == "attention" else None
+
+
+def _attention_obstacle(block: BlockView, host: Host) -> str | None:
+    """Why an attention module cannot host prompts, whose keys and values come from running it up to the interface."""
+    attention = host.module
+    if not uses_interface(attention):
+        return "its attention does not go through transformers' attention interface"
+    if "k" in block.absent or "v" in block.absent:
+        return "its attention has no keys and values of its own to give to a prompt"
+    if block.config.model_type in SPLIT_VALUES:
+        return "its attention attends twice, with one half of the values each time"
+    inside = [name.rpartition(".")[2] for name, _ in attention.named_modules()]
+    if "rotary_emb" in inside:
+        return "its attention rotates keys itself, and a prompt has no positions"
+    if "indexer" in inside:
+        return "its attention picks keys by an index, in which a prompt has no entries"
+    first, *others = list(inspect.signature(type(attention).forward).parameters.values())[1:]
+    needs = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    unknown = [name for name in needs if name not in PROBED]
+    if first.name != "hidden_states" or unknown:
+        return f"its attention cannot be run on a prompt alone, it also needs {unknown or first.name}"
+    return None
+
+
+def _way_out(expert: ExpertConfig, role: str, block: BlockView) -> str:
+    offered = [name for name in PROJECTIONS if block.host(name) is not None]
+    if hasattr(expert, "targets"):
+        first = f"Leave {role!r} out of the expert's targets; this block offers {offered}"
+    else:
+        first = "Leave that expert out, e.g. MoAConfig(experts=[LoraExpert(), ParallelExpert()])"
+    if role in ("gate", "up", "down") and block.host("mlp") is not None:
+        first += ", and a parallel expert beside its feed-forward module"
     return (
-        f"the {expert.kind} expert needs {role!r}, which block {block.index} of {family} does not have as a linear "
-        f"layer or module{why}. This block offers {offered}: leave {role!r} out of the expert's targets, restrict "
-        "the expert to other blocks with layers=[...], or use a parallel expert beside the MLP."
+        f"{first}. Or restrict the expert to other blocks with layers=[...], or give it optional=True to leave out "
+        "whatever a block cannot host"
     )

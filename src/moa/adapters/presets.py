@@ -58,6 +58,9 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
             ``preset("soft-moa", r=16, targets=["q", "v"], size=32)``. A dict for ``router`` or ``gating`` changes
             the fields it names: ``preset("instance-moa", router={"hidden_per_expert": 0})`` keeps the level.
 
+    A preset's experts are ``optional``: what a model family cannot host of them is left out with a warning. ``targets``
+    that are named here are not, nor are ``experts``.
+
     Raises:
         ValueError: unknown preset, or a setting that neither the configuration nor any of its experts has; the
             message offers the nearest valid name.
@@ -68,6 +71,7 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
     fields = {key: value for key, value in overrides.items() if key in own}
     settings = {key: value for key, value in overrides.items() if key not in own}
     config = MoAConfig(**copy.deepcopy(PRESETS[name]))
+    config.experts = [dataclasses.replace(expert, optional=True) for expert in config.experts]
     for part in ("router", "gating"):
         if part in fields:
             fields[part] = _merged(getattr(config, part), fields[part])
@@ -91,4 +95,6 @@ def _merged(ours: Any, given: Any) -> Any:
 
 def _with(expert: ExpertConfig, settings: dict[str, Any]) -> ExpertConfig:
     names = {field.name for field in dataclasses.fields(expert)}
+    if "targets" in settings and "targets" in names:
+        settings = {"optional": False, **settings}
     return dataclasses.replace(expert, **{key: value for key, value in settings.items() if key in names})

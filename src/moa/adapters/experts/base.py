@@ -72,6 +72,8 @@ class ExpertConfig:
         layers: numbers of the blocks that get this expert; None: all.
         gate: share one gate among all sites of experts with the same ``gate`` name; None: a gate for every site.
         copies: a number, or a `Copies` (or dict) with details.
+        optional: leave out, with a warning, what a model cannot host, instead of refusing the whole configuration.
+            Presets and the default configuration are made of optional experts; what was placed in the end is saved.
     """
 
     kind: ClassVar[str]
@@ -81,6 +83,7 @@ class ExpertConfig:
     layers: list[int] | None = None
     gate: str | None = None
     copies: Any = 1
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.copies, int):

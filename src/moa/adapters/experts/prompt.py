@@ -152,10 +152,8 @@ class PromptLayer(ExpertLayer):
             if isinstance(value, bool) and name in ("output_attentions", "use_cache")
         }
         probe |= {"hidden_states": tokens.to(arguments["hidden_states"].dtype).unsqueeze(0), "attention_mask": None}
-        if arguments.get("position_embeddings") is not None:
-            cos, sin = arguments["position_embeddings"]
-            shape = (*(1,) * (cos.dim() - 2), len(tokens), cos.shape[-1])
-            probe["position_embeddings"] = (cos.new_ones(shape), sin.new_zeros(shape))
+        if "position_embeddings" in arguments:  # None: this block does not rotate
+            probe["position_embeddings"] = _no_rotation(arguments["position_embeddings"], len(tokens))
         now.bypassed = True
         try:
             self.host.forward(**probe)
@@ -172,3 +170,14 @@ class PromptLayer(ExpertLayer):
 def _state_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
     """Where each tensor lies and how often it was changed there."""
     return [(t.data_ptr(), _hosts.version(t)) for t in tensors]
+
+
+def _no_rotation(embeddings: Any, length: int) -> Any:
+    """Embeddings of ``length`` positions that rotate nothing, in the form of a block's own: cosine and sine, or complex
+    numbers, or None where a block does not rotate.
+    """
+    if embeddings is None:
+        return None
+    cos = embeddings if isinstance(embeddings, Tensor) else embeddings[0]
+    ones = cos.new_ones((*(1,) * (cos.dim() - 2), length, cos.shape[-1]))
+    return ones if isinstance(embeddings, Tensor) else (ones, torch.zeros_like(ones))

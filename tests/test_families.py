@@ -1,0 +1,168 @@
+"""The default mixture on every family that `DECODERS` has: what it hosts, and that it keeps what it promises."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS, REFUSED, VOCABULARY, Decoder, build_decoder
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+import moa
+
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+SLOW = ("kimi_linear",)
+
+
+def known(names: Any) -> list[Any]:
+    """The families of this release of transformers."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names if name in CONFIG_MAPPING
+    ]
+
+
+@pytest.fixture(params=known(DECODERS), scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def decoder(name: str) -> Decoder:
+    return DECODERS[name]
+
+
+@pytest.fixture(scope="module")
+def base(name: str, decoder: Decoder) -> Any:
+    return build_decoder(name, decoder.settings)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, decoder: Decoder) -> PeftModel:
+    """The family with the default mixture, as it starts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* cannot host all of this configuration's default experts")
+        config = moa.preset("soft-moa", r=2, size=4, length=3, **decoder.overrides)
+        return get_peft_model(build_decoder(name, decoder.settings), config).eval()
+
+
+@pytest.fixture(scope="module")
+def acting(model: PeftModel) -> PeftModel:
+    """The same model from here on, with every adapter weight drawn at random."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".moa_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
+
+
+def positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Positions that start at the first real token, for families that take them."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
+def logits(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    mask = torch.ones_like(tokens) if mask is None else mask
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=mask, **positions(model, mask)).logits
+
+
+def test_starts_as_the_base_model_bit_for_bit(base: Any, model: PeftModel, tokens: Tensor) -> None:
+    assert torch.equal(logits(model, tokens), logits(base, tokens))
+
+
+def test_hosts_what_the_table_says(decoder: Decoder, acting: PeftModel, base: Any, tokens: Tensor) -> None:
+    with moa.gate_values(acting) as record:
+        assert not torch.allclose(logits(acting, tokens), logits(base, tokens), atol=1e-3)
+    blocks = base.config.get_text_config().num_hidden_layers
+    assert [record.columns.get(index, []) for index in range(blocks)] == [decoder.columns(i) for i in range(blocks)]
+
+
+def test_every_trainable_tensor_gets_a_gradient(acting: PeftModel, tokens: Tensor) -> None:
+    acting.train()
+    acting(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False).loss.backward()
+    acting.eval()
+    for name, parameter in acting.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert parameter.grad.abs().max() > 0, f"{name} has a gradient of zeros"
+    acting.zero_grad()
+
+
+def test_no_token_moves_an_earlier_logit(acting: PeftModel, tokens: Tensor) -> None:
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 7 - 3) % (VOCABULARY - 3) + 3
+    before, after = logits(acting, tokens), logits(acting, changed)
+    torch.testing.assert_close(after[:, :5], before[:, :5], rtol=0, atol=2e-6)
+    assert not torch.allclose(after[:, 5:], before[:, 5:], atol=1e-3)
+
+
+def test_left_padding_changes_nothing(base: Any, acting: PeftModel, tokens: Tensor) -> None:
+    def both(model: Any) -> tuple[Tensor, Tensor]:
+        mask, padded = torch.ones_like(tokens), tokens.clone()
+        mask[0, :3], padded[0, :3], padded[0, 3:] = 0, 0, tokens[0, :6]
+        return logits(model, padded, mask)[0, 3:], logits(model, tokens[:1, :6])[0]
+
+    if not torch.allclose(*both(base), **TOLERANCE):
+        pytest.skip("padding changes the base model itself")
+    torch.testing.assert_close(*both(acting), **TOLERANCE)
+
+
+def test_loads_what_it_saved_without_a_word(
+    name: str, decoder: Decoder, acting: PeftModel, tokens: Tensor, tmp_path: Any
+) -> None:
+    acting.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_decoder(name, decoder.settings), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens), logits(acting, tokens))
+    assert loaded.peft_config["default"].experts == acting.peft_config["default"].experts
+
+
+def test_cached_decoding_is_a_full_forward(base: Any, acting: PeftModel, tokens: Tensor) -> None:
+    def both(model: Any) -> tuple[Tensor, Tensor]:
+        mask = torch.ones_like(tokens)
+        place, past, steps = positions(model, mask), None, []
+        for start, stop in ((0, 5), (5, 6), (6, 7), (7, 9)):
+            now = {key: value[:, start:stop] for key, value in place.items()}
+            with torch.no_grad():
+                out = model(
+                    input_ids=tokens[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    past_key_values=past,
+                    use_cache=True,
+                    **now,
+                )
+            past = out.past_key_values
+            steps.append(out.logits)
+        return torch.cat(steps, dim=1), logits(model, tokens)
+
+    if not hasattr(base(input_ids=tokens, attention_mask=torch.ones_like(tokens)), "past_key_values"):
+        pytest.skip("the base model has no cache")
+    if not torch.allclose(*both(base), **TOLERANCE):
+        pytest.skip("the base model's own cached decoding differs from its full forward")
+    torch.testing.assert_close(*both(acting), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", known(REFUSED))
+def test_is_refused_by_name_and_reason_before_it_is_touched(family: str) -> None:
+    words, settings = REFUSED[family]
+    model = build_decoder(family, settings)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=words) as error:
+        get_peft_model(model, moa.preset("soft-moa"))
+    assert family in str(error.value)
+    assert [name for name, _ in model.named_modules()] == names
