@@ -63,10 +63,10 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     return forward
 
 
-@functools.cache
 def _register(implementation: str) -> str:
     name = PREFIX + implementation
-    AttentionInterface.register(name, _with_guests(implementation))
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _with_guests(implementation))
     return name
 
 

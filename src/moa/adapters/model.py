@@ -163,11 +163,12 @@ def share_inputs(mixture: Mixture) -> None:
     for layer in layers:
         layer.readers = (layer,)
     for roles in SAME_INPUT:
-        together = tuple(layer for layer in layers if layer.role in roles)
-        for layer in together:
-            layer.readers = together
-        if roles[0] == "q":
-            mixture.beside = together
+        for width in {layer.place.in_features for layer in layers if layer.role in roles}:
+            together = tuple(l for l in layers if l.role in roles and l.place.in_features == width)
+            for layer in together:
+                layer.readers = together
+            if roles[0] == "q" and width == mixture.in_features:
+                mixture.beside = together
 
 
 def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:

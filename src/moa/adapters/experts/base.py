@@ -172,7 +172,7 @@ class ExpertLayer(Attached):
         part = self.place.part
         x = x.to(self.dtype_of(adapter))
         weights = as_tensor(self.weights(now, adapter, x), x)
-        own = y if part is None else part.of(y).flatten(-2)
+        own = y if part is None else part.of(y).flatten(-3)
         delta = self.update(adapter, x, own, weights)
         return (y + widen(delta, part).view_as(y)).to(y.dtype)
 

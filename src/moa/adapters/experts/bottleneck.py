@@ -14,27 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa import _hosts
-from moa.adapters.context import Forward, Weights
+from moa.adapters.context import Forward
 from moa.adapters.experts.base import ExpertLayer, as_tensor
 from moa.adapters.low_rank import add_product, rows, tiled, weighted, write
-
-
-class Factors(NamedTuple):
-    """A bottleneck of one adapter.
-
-    Attributes:
-        first: a linear layer to copies * size, or to size if the copies share it.
-        second: weight (out, copies * size) and bias (copies, out) or None; called with what it multiplies.
-        activation: in between, or None.
-        scaling: a factor on the product with ``second.weight``.
-        dropout: on the input, or None.
-    """
-
-    first: nn.Linear
-    second: nn.Module
-    activation: Callable[[Tensor], Tensor] | None = None
-    scaling: float = 1.0
-    dropout: nn.Module | None = None
 
 
 class UpProjection(nn.Module):
@@ -46,9 +28,34 @@ class UpProjection(nn.Module):
         self.weight = nn.Parameter(draw(out_features, copies * size) * 0.02)
         self.bias = nn.Parameter(draw(copies, out_features) * 0.02)
 
-    def forward(self, inner: Tensor) -> Tensor:
-        """The product alone, (..., copies * size) -> (..., out); biases have weights of their own."""
-        return F.linear(inner, self.weight)
+    def forward(self, inner: Tensor, weights: Tensor | None) -> Tensor:
+        """(..., copies * size), weighted, and the weights (..., copies), (..., 1) or None -> (..., out)."""
+        return F.linear(inner, self.weight) + self.biases(weights, inner.dtype)
+
+    def biases(self, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weighted sum of the copies' biases, (..., out) or (out,)."""
+        bias = self.bias.to(dtype)
+        if weights is None:
+            return bias.sum(0)
+        return torch.matmul(weights.expand(*weights.shape[:-1], len(bias)), bias)
+
+
+class Factors(NamedTuple):
+    """A bottleneck of one adapter.
+
+    Attributes:
+        first: a linear layer to copies * size, or to size if the copies share it.
+        second: a linear layer without bias from copies * size, or an `UpProjection`.
+        activation: in between, or None.
+        scaling: a factor on what the linear layer puts out.
+        dropout: on the input, or None.
+    """
+
+    first: nn.Linear
+    second: nn.Linear | UpProjection
+    activation: Callable[[Tensor], Tensor] | None = None
+    scaling: float = 1.0
+    dropout: nn.Module | None = None
 
 
 class Quick:
@@ -107,8 +114,10 @@ class BottleneckLayer(ExpertLayer):
         """By calling the layers, as offloading and ZeRO want it; out of place."""
         factors = self.factors(adapter)
         low = factors.first(x if factors.dropout is None else factors.dropout(x))
-        second = factors.second(self._inner(factors, low, weights) * factors.scaling)
-        return second + bias if (bias := self._bias(factors, second, weights)) is not None else second
+        inner = self._inner(factors, low, weights)
+        if isinstance(factors.second, UpProjection):
+            return factors.second(inner, weights)  # type: ignore[no-any-return]
+        return factors.second(inner * factors.scaling)  # type: ignore[no-any-return]
 
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         if now.few and (quick := self._quick(adapter, x)) is not None:
@@ -132,10 +141,10 @@ class BottleneckLayer(ExpertLayer):
             low = low + factors.first.bias.to(low.dtype)
         inner, scaling = self._inner(factors, low, weights), factors.scaling
         matrix: Tensor = factors.second.weight  # type: ignore[assignment]
-        if (bias := getattr(factors.second, "bias", None)) is not None:  # as further columns, to pass over y once
+        if isinstance(factors.second, UpProjection):  # biases as further columns, to pass over y once
+            bias = factors.second.bias
             ones = inner.new_ones(*inner.shape[:-1], len(bias)) if weights is None else weights
-            inner = inner if scaling == 1 else inner * scaling
-            inner, scaling = torch.cat([inner, ones.expand(*inner.shape[:-1], len(bias))], dim=-1), 1.0
+            inner = torch.cat([inner, ones.expand(*inner.shape[:-1], len(bias))], dim=-1)
             matrix = torch.cat([matrix, bias.t()], dim=1)
         return write(y, inner, matrix, scaling, self.place.part)
 
@@ -146,8 +155,8 @@ class BottleneckLayer(ExpertLayer):
         first, second = factors.first, factors.second
         inner = F.linear(wide, first.weight.to(wide.dtype), None if first.bias is None else first.bias.to(wide.dtype))
         delta = F.linear(self._inner(factors, inner, weights) * factors.scaling, second.weight.to(wide.dtype))
-        if (bias := self._bias(factors, inner, weights)) is not None:
-            delta = delta + bias
+        if isinstance(second, UpProjection):
+            delta = delta + second.biases(weights, delta.dtype)
         own = y if self.place.part is None else self.place.part.of(y)
         own.add_(delta.view(own.shape))
         return y
@@ -179,14 +188,3 @@ class BottleneckLayer(ExpertLayer):
     def _inner(factors: Factors, low: Tensor, weights: Tensor | None) -> Tensor:
         inner = low if factors.activation is None else factors.activation(low)
         return weighted(tiled(inner, factors.second.weight.shape[1]), weights)
-
-    @staticmethod
-    def _bias(factors: Factors, like: Tensor, weights: Weights) -> Tensor | None:
-        bias = getattr(factors.second, "bias", None)
-        if bias is None:
-            return None
-        bias = bias.to(like.dtype)
-        if weights is None or isinstance(weights, float):
-            total = bias.sum(0) if len(bias) > 1 else bias[0]
-            return total if weights is None else total * weights
-        return torch.matmul(weights.expand(*weights.shape[:-1], len(bias)), bias)

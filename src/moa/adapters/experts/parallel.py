@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,6 @@ from moa.adapters.choices import check_choice, check_range
 from moa.adapters.context import BlockContext, first_argument
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.bottleneck import BottleneckLayer, Factors, UpProjection
-
-
-_activation = functools.cache(ACT2FN.__getitem__)  # which makes a new module at every look
 
 
 @dataclass
@@ -53,7 +50,7 @@ class ParallelLayer(BottleneckLayer):
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
-        self.activation: dict[str, str] = {}
+        self.activation: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def hook(self) -> None:
         """Where a block calls the layers of its MLP itself, what the first one reads is noted for the last one."""
@@ -73,7 +70,7 @@ class ParallelLayer(BottleneckLayer):
 
     def build(self, adapter: str, config: ParallelExpert, init_weights: bool) -> None:
         copies = config.copies
-        self.activation[adapter] = config.activation
+        self.activation[adapter] = ACT2FN[config.activation]
         in_rows = config.size if copies.shared else config.size * copies.number
         self.moa_down[adapter] = nn.Linear(self.place.in_features, in_rows)
         nn.init.zeros_(self.moa_down[adapter].bias)
@@ -83,5 +80,5 @@ class ParallelLayer(BottleneckLayer):
         return Factors(
             self.moa_down[adapter],  # type: ignore[arg-type]
             self.moa_up[adapter],
-            activation=_activation(self.activation[adapter]),
+            activation=self.activation[adapter],
         )
