@@ -67,11 +67,15 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
 
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:
-    """Say what the cache holds, counted on its tensors, and what a dense one would after as many tokens."""
+    """Say what the cache holds and has room for, counted on its tensors, and what a dense one would hold."""
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.cache import cache_bytes
     from moa.spans.shape import ModelShape
 
     shape = ModelShape.of(model)
-    ours, dense = cache_bytes(cache), SpanPlan.dense(shape.layers, shape.kv_heads).kv_bytes(model, length)
-    tell(f"KV cache after {length} tokens: {ours:,} bytes under the plan, {dense:,} dense ({ours / dense:.1%})")
+    held, room = cache_bytes(cache, used=True), cache_bytes(cache)
+    dense = SpanPlan.dense(shape.layers, shape.kv_heads).kv_bytes(model, length)
+    tell(
+        f"KV cache after {length} tokens: {held:,} bytes under the plan, {dense:,} dense ({held / dense:.1%}); "
+        f"memory for {room:,}, as the text may go on"
+    )

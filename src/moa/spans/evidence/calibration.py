@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from moa.spans.evidence.items import Item, identity
+from moa.spans.evidence.items import Item
 from moa.spans.evidence.sources import Passage, Source
+from moa.spans.identity import identity
 from moa.spans.journal import Journal, read_lines
 
 SHORTEST = 0.5  # of a length; shorter prompts say little about it

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moa.spans.evidence.items import Item, identity, response_loss
+from moa.spans.evidence.items import Item, response_loss
 from moa.spans.evidence.probe import BlockSums, probing
+from moa.spans.identity import identity
 
 KINDS = ("absolute", "signed")
 

@@ -6,7 +6,6 @@ it. Influence is measured on this loss, and plans are compared by it.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 from collections.abc import Mapping
@@ -60,16 +59,6 @@ class Item:
                 raise ValueError(f"an item's response {pair} lies outside of its {len(tokens)} tokens")
             marks[start:end] = [True] * (end - start)
         return cls(tuple(tokens), tuple(marks))
-
-
-def identity(model: Any) -> dict[str, str]:
-    """What tells one model from another, and a retrained one from its earlier self: name, dtype and some weights."""
-    sample = model.get_input_embeddings().weight[:1024].detach().float().cpu().numpy().tobytes()
-    return {
-        "model": str(model.config._name_or_path),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": hashlib.sha256(sample).hexdigest()[:16],
-    }
 
 
 def response_loss(model: Any, item: Item) -> Tensor:

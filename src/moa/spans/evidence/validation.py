@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from moa.spans.evidence.items import Item, identity, response_loss
+from moa.spans.evidence.items import Item, response_loss
+from moa.spans.identity import identity
 from moa.spans.journal import Journal
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime.application import apply_spans

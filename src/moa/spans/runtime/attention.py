@@ -60,7 +60,7 @@ def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
         site = SITES.get(module)
         layer = None
         if site is not None:
-            layer, site.owner.updated = site.owner.updated, None
+            layer, site.owner.handover.layer = site.owner.handover.layer, None
         if site is not None and not _dense(site, layer, query, key, attention_mask):
             run = kernel(module, host, query.dtype, scaling, dropout, rest)
             return _planned(site, layer, run, query, key, value, attention_mask).transpose(1, 2).contiguous(), None

@@ -9,6 +9,7 @@ it: to the new length at a prefill, in steps of four blocks while decoding.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from moa.spans.convention import CONVENTIONS
@@ -16,6 +17,8 @@ from moa.spans.plan import SpanPlan
 from moa.spans.shape import ModelShape
 
 STEP = 4  # blocks
+
+log = logging.getLogger(__name__)
 
 
 class Spans:
@@ -52,6 +55,7 @@ class Schedule:
 
     def __init__(self, spans: Spans, length: int = 0) -> None:
         self.spans, self.length = spans, length
+        self._warned = False
 
     def extend(self, text: int, new: int) -> None:
         """``new`` tokens make the text ``text`` tokens long."""
@@ -60,3 +64,14 @@ class Schedule:
     def of(self, layer: int) -> tuple[int, ...]:
         """The spans of a layer's KV heads now, sink included, tokens."""
         return self.spans.at(self.length)[layer]
+
+    def warn_once(self, columns: int) -> None:
+        """Tell that spans grow after tokens were let go of that they would have kept."""
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "the text outgrew the length that its cache was laid out for (%d tokens so far): spans get longer, but "
+                "what has left a window is gone. Several turns on one cache: apply_spans(model, plan, length=...) with "
+                "the tokens of all turns",
+                columns,
+            )
