@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, tell
+from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
 
 
 def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False) -> None:
@@ -13,7 +13,7 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
     Texts of every profiled length, and others of the longer one that `validate` uses. A run that was stopped goes on
     where it was. Any key of the recipe is a flag, too.
     """
-    settings = begin(recipe, context.args, remove=lambda r: [r.items_file, r.held_out_file] if overwrite else [])
+    settings = begin(recipe, context.args)
     model, tokenizer = load_model(settings)
     from moa.spans.evidence.calibration import calibrate as answer
 
@@ -22,7 +22,7 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
     held_out = {settings.validate_length: True}
     wanted["validation"] = (held_out, settings.validate_items, settings.held_out_file)
     for name, (which, items, path) in wanted.items():
-        with bar(f"answering for {name}") as progress:
+        with replaced([path], overwrite), bar(f"answering for {name}") as progress:
             counts = answer(
                 model,
                 tokenizer,
@@ -37,4 +37,5 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
         tell(f"{name} items: {said} ({path})")
         if few := [length for length, count in counts.items() if count < items]:
             tell(f"the source has fewer than {items} texts for lengths {few}")
+    settings.save(settings.profiled)
     next_step("profile", recipe, context.args)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moa.cli.spans.command import Recipe, begin, load_model, tell
+
+if TYPE_CHECKING:
+    from moa.cli.spans.recipe import SpanRecipe
 
 
 def run(
@@ -31,9 +34,7 @@ def run(
     from moa.spans.runtime.application import apply_spans
 
     settings = begin(recipe, context.args)
-    file = plan or settings.plan_file
-    if not file.exists():
-        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+    file = plan or _plan_file(settings)
     chosen = SpanPlan.load(file)
     text = sys.stdin.read() if prompt is None else prompt
     model, tokenizer = load_model(settings)
@@ -43,6 +44,15 @@ def run(
     with apply_spans(model, chosen):
         output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
     _tell_sizes(model, output.past_key_values, output.sequences.shape[1] - 1)  # the last token is in no cache yet
+
+
+def _plan_file(settings: SpanRecipe) -> Path:
+    if len(settings.density) > 1:
+        raise ValueError(f"density={settings.density}: an answer is given under one plan; name one with --density")
+    file = settings.plans(settings.density[0]).plan_file
+    if not file.exists():
+        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+    return file
 
 
 def _tokens(tokenizer: Any, text: str, plain: bool) -> list[int]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moa.spans.evidence.items import Item, response_loss
 from moa.spans.evidence.probe import BlockSums, probing
-from moa.spans.identity import identity
+from moa.spans.identity import family, identity
 
 KINDS = ("absolute", "signed")
 
@@ -39,6 +39,8 @@ class Influence:
         block: tokens per block.
         items: how many items were summed.
         loss: their mean response loss in nats.
+        about: whose influence it is: ``embeddings`` of the model (`moa.spans.identity.family`), and what the caller of
+            `influence` said. Plain JSON data.
     """
 
     signed: Tensor
@@ -47,6 +49,7 @@ class Influence:
     block: int
     items: int = 0
     loss: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
 
     def mean(self, kind: str = "signed") -> Tensor:
         """Mean over items, (layers, KV heads, blocks, blocks) float32.
@@ -62,7 +65,7 @@ class Influence:
         """Write a safetensors file; it appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
-        numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss")}
+        numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss", "about")}
         metadata = {"influence": json.dumps(numbers | {"key": key})}
         save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
         draft.replace(path)
@@ -84,6 +87,7 @@ def influence(
     length: int,
     block: int = 64,
     *,
+    about: Mapping[str, Any] | None = None,
     save_to: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Influence:
@@ -94,6 +98,7 @@ def influence(
         items: texts of at most ``length + 1`` tokens (the last is only predicted).
         length: tokens; the result has ``ceil(length / block)`` blocks a side.
         block: tokens per block.
+        about: what to keep with the result, plain JSON data.
         save_to: a safetensors file, written after every item; if it exists, the run goes on from it.
         progress: called with the number of finished items, at the start and after every item.
 
@@ -107,9 +112,11 @@ def influence(
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key = _key(model, items, length, block)
     empty = BlockSums(layers, kv_heads, length, block)
-    total = Influence(empty.signed, empty.absolute, length, block)
+    said = {**(about or {}), "embeddings": family(model)}
+    total = Influence(empty.signed, empty.absolute, length, block, about=said)
     if save_to is not None and save_to.exists():
         total = _continued(save_to, key)
+        total.about = said
     for place in range(total.items, len(items)):
         if progress:
             progress(place)
@@ -179,6 +186,7 @@ def _read(path: Path) -> tuple[Influence, str]:
                 int(numbers["block"]),
                 int(numbers["items"]),
                 float(numbers["loss"]),
+                dict(numbers["about"]),
             )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -85,6 +85,7 @@ def search(
     *,
     layers: Sequence[int] | None = None,
     model: str | None = None,
+    embeddings: str | None = None,
     evidence: Mapping[str, object] | None = None,
     save_to: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -97,6 +98,7 @@ def search(
         layers: layers that get spans; the others keep everything they see now (a sliding window of their own) and do
             not count. None: all.
         model: id of the model, for the plan.
+        embeddings: `moa.spans.identity.family` of the model, for the plan.
         evidence: what else to record in the plan.
         save_to: a journal of solved goals, so that a killed search goes on.
         progress: called with finished and all goals.
@@ -127,7 +129,10 @@ def search(
         solve = _recorded(solve, Journal(save_to, {"limits": asdict(limits), "layers": searched, "influence": totals}))
     points = sweep(problem, solve, limits.intervals, progress)
     said = {"limits": asdict(limits), "versions": versions(), **(evidence or {})}
-    return [_candidate(point, problem, searched, shape[0], limits, model, said) for point in points]
+    found = [_candidate(point, problem, searched, shape[0], limits, said) for point in points]
+    for candidate in found:
+        candidate.plan.model, candidate.plan.embeddings = model, embeddings
+    return found
 
 
 def solver(problem: Program, tolerance: float = 0.005, seconds: float = 60.0) -> Solver:
@@ -166,6 +171,8 @@ def _recorded(solve: Solver, journal: Journal) -> Solver:
                 return None
             return Solution(np.array(entry["choice"]), float(entry["value"]), float(entry["bound"]))
         found = solve(goal)
+        if found is None and not journal.entries:  # there is no plan at all, nothing to go on with
+            return None
         journal.append(
             {"choice": found and found.choice.tolist(), "value": found and found.value, "bound": found and found.bound}
         )
@@ -180,7 +187,6 @@ def _candidate(
     searched: Sequence[int],
     layers: int,
     limits: Limits,
-    model: str | None,
     said: Mapping[str, object],
 ) -> Candidate:
     rows = [[FULL] * point.choice.shape[1] for _ in range(layers)]
@@ -191,7 +197,6 @@ def _candidate(
         [[rule.beta for rule in row] for row in rows],
         sink=limits.sink,
         block=limits.block,
-        model=model,
     )
     densities = verify(plan, problem, searched)
     losses = dict(zip(problem.lengths, point.losses.tolist(), strict=True))
