@@ -21,6 +21,7 @@ validate_length: 256
 items: 2
 validate_items: 2
 max_new_tokens: 4
+signal: 0.0
 dtype: float32
 step: 32
 slopes: 5
@@ -59,6 +60,7 @@ def test_every_step_says_what_it_did_and_what_comes_next(done):
         assert f"next: moa spans {following}" in said[verb]
         assert f"--output {folder}" in said[verb]
     assert "2 of 96 tokens, 2 of 192 tokens" in said["calibrate"]
+    assert "192 all 0 of 2" in said["calibrate"]
     assert "length 192: 2 items, response loss" in said["profile"]
 
 
@@ -108,6 +110,7 @@ def test_other_settings_need_overwrite(done, recipe, tiny_base, tmp_path):
     assert "name the file itself" in moa(
         "spans", "run", recipe, *given, "--prompt", "a", "--plan", folder.parent, code=2
     )
+    assert "need their far context" in moa("spans", "calibrate", recipe, *given, "--signal", 1.0, code=2)
     assert "is the influence of" in moa("spans", "search", recipe, "--base", "embedded", *given[2:], code=2)
     nothing = ("--lengths", "[64]", "--overwrite")  # even so: what is not there cannot take its place
     for verb in ("profile", "search"):

@@ -26,12 +26,15 @@ class Data:
 
     source: str = knob(
         "tasks:lines,needle,copying",
-        "tasks:NAME[,NAME] of lines, needle, copying; a .jsonl file; or owner/name[:configuration] on the hub",
+        "facts: (in the built-in text) or facts:FILE; tasks:NAME[,NAME] of lines, needle, copying; a .jsonl file; or "
+        "owner/name[:configuration] on the hub",
     )
     split: str = knob("train", "split of a hub data set")
     context: str = knob("context", "field with the long text")
     question: str = knob("question", "field with the question about it")
     ask: str | None = knob(None, "one question for all rows, instead of a field")
+    answer: str | None = knob(None, "field with the right answer, if there is one; it is only counted")
+    start: str = knob("", "how every answer begins; given to the model")
 
 
 @dataclass
@@ -59,6 +62,7 @@ class SpanRecipe:
     items: int = knob(50, "calibration items per profiled length", within=Range(1))
     validate_items: int = knob(20, "held-out items of the longer length", within=Range(1))
     max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
+    signal: float = knob(0.5, "least share of items that must need their far context; 0: any", within=Range(0, 1))
 
     influence: str = knob("signed", "what a dropped entry costs", choices=KINDS)
     density: list[float] = field(
@@ -128,8 +132,7 @@ class SpanRecipe:
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
     def source(self) -> Source:
-        data = self.data
-        return Source(data.source, data.split, data.context, data.question, data.ask, self.seed)
+        return Source(**dataclasses.asdict(self.data), seed=self.seed)
 
     def limits(self, density: float) -> Limits:
         names = [entry.name for entry in dataclasses.fields(Limits) if hasattr(self, entry.name)]

@@ -56,11 +56,13 @@ def _plan_file(settings: SpanRecipe) -> Path:
 
 
 def _tokens(tokenizer: Any, text: str, plain: bool) -> list[int]:
+    from moa.spans.evidence.conversation import begun, token_ids
+
     if plain or not tokenizer.chat_template:
-        return list(tokenizer(text)["input_ids"])
+        return begun(tokenizer, text)
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return token_ids(tokenizer, rendered)
 
 
 def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any:

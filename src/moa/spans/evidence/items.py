@@ -62,7 +62,12 @@ class Item:
 
 
 def response_loss(model: Any, item: Item) -> Tensor:
-    """Mean cross-entropy over the response tokens of one item: a float32 scalar, differentiable.
+    """Mean cross-entropy over the response tokens of one item: a float32 scalar, differentiable."""
+    return cross_entropy(*_response_logits(model, item))
+
+
+def _response_logits(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+    """Float32 logits (tokens, vocabulary) that predict the response tokens, and these tokens.
 
     Only the logits that the loss needs are computed where the model's forward can choose them.
     """
@@ -72,4 +77,15 @@ def response_loss(model: Any, item: Item) -> Tensor:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits[0]
     else:
         logits = model(input_ids=ids, use_cache=False).logits[0, wanted]
-    return cross_entropy(logits.float(), ids[0, wanted + 1].to(logits.device))
+    return logits.float(), ids[0, wanted + 1].to(logits.device)
+
+
+@torch.no_grad()
+def predicted(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+    """How the model does on every response token, read with those before it.
+
+    Returns:
+        Losses in nats (tokens,) float32, and whether the token is the most likely one (tokens,) bool; both on the CPU.
+    """
+    logits, wanted = _response_logits(model, item)
+    return cross_entropy(logits, wanted, reduction="none").cpu(), (logits.argmax(-1) == wanted).cpu()
