@@ -48,6 +48,7 @@ def test_official_influence(official, block):
     assert found.loss == pytest.approx(tensors["loss"].item(), abs=2e-6)
     torch.testing.assert_close(found.mean("signed"), signed, atol=2e-7 * block, rtol=1e-5)
     torch.testing.assert_close(found.mean("absolute"), absolute, atol=2e-7 * block, rtol=1e-5)
+    torch.testing.assert_close(found.mean(), signed.abs(), atol=2e-7 * block, rtol=1e-5)
 
 
 def by_score_gradients(model: Any, text: Item) -> torch.Tensor:

@@ -70,8 +70,13 @@ def test_plan_carries_its_evidence(done, tiny_base):
     assert plan.model == str(tiny_base)
     assert (plan.sink, plan.block) == (16, 16)
     for length in (96, 192, 320):
-        assert 0.45 - 1e-9 <= plan.kv_density(length) <= 0.5 + 1e-9
-    assert {"losses", "kv_density", "certified_gap", "validation", "versions", "limits", "seed"} <= plan.searched.keys()
+        assert 0.4 <= plan.kv_density(length) <= 0.5 + 1e-9
+    assert {"losses", "kv_density", "kind", "validation", "versions", "limits", "seed", "data"} <= plan.searched.keys()
+    assert plan.searched["data"]["192"]["source"] == "tasks:lines"
+    kinds = [SpanPlan.load(file).searched["kind"] for file in sorted((folder / "density-0.5").glob("plan-*.json"))]
+    assert kinds[-2:] == ["two classes", "uniform"]
+    assert set(kinds[:-2]) == {"searched"}
+    assert plan.searched["validation"]["kinds"] == kinds
     assert plan.searched["validation"]["length"] == 256
     assert (folder / "density-0.5" / "report.html").read_text().startswith("<!doctype html>")
     for step in (folder, folder / "influence", folder / "density-0.5"):

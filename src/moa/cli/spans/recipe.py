@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from moa.adapters.choices import check_range, nearest
-from moa.spans.evidence.influence import KINDS
 from moa.spans.evidence.sources import Source
 from moa.spans.search.plans import Limits
 from moa.training.knobs import Range, check, knob, knobs, numbers, parse
@@ -64,7 +63,6 @@ class SpanRecipe:
     max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
     signal: float = knob(0.5, "least share of items that must need their far context; 0: any", within=Range(0, 1))
 
-    influence: str = knob("signed", "what a dropped entry costs", choices=KINDS)
     density: list[float] = field(
         default_factory=lambda: [0.5],
         metadata={"doc": "greatest mean share of the dense KV cache; several, and each gets plans of its own"},
@@ -73,7 +71,7 @@ class SpanRecipe:
     rules_per_layer: int = knob(2, "most distinct rules in a layer", within=Range(1, 3))
     step: int = knob(1024, "tokens between offsets of the rule grid", within=Range(1))
     slopes: int = knob(9, "slopes of the rule grid, evenly from 0 to 1", within=Range(2))
-    intervals: int = knob(4, "pieces of every loss's range; more make a finer front", within=Range(1))
+    intervals: int = knob(2, "pieces of every loss's range; more make a finer front", within=Range(1))
     sink: int = knob(64, "first tokens that every head keeps", within=Range(1))
     block: int = knob(64, "granularity of spans, tokens", within=Range(1))
     seconds: float = knob(60.0, "longest time for one goal before pricing takes over", within=Range(0, open_low=True))

@@ -19,28 +19,29 @@ if TYPE_CHECKING:
 def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False) -> None:
     """Step 3: find the plans that keep the density and lose least, at one length or another.
 
-    One profile serves any number of densities, for example `--density 0.25 0.35 0.5`; each gets a folder of its own.
+    Simpler plans of the same bytes, two classes of heads and one span for all, stand beside them for `validate`. One
+    profile serves any number of densities, for example `--density 0.25 0.35 0.5`; each gets a folder of its own.
     Solves integer programs with HiGHS, on the processor alone. A run that was stopped goes on after its last solved
     program.
     """
     settings = begin(recipe, context.args)
+    from moa.spans.search.plans import rivals
     from moa.spans.search.plans import search as find
 
     measured = _measured(settings)
-    layers = _searched_layers(settings)
+    influences = {length: found.mean() for length, found in measured.items()}
+    said: dict[str, Any] = {
+        "layers": _searched_layers(settings),
+        "model": settings.base,
+        "embeddings": next(iter(measured.values())).about["embeddings"],
+        "evidence": _evidence(settings, measured),
+    }
     for density in settings.density:
         folder = settings.plans(density)
         with replaced([folder.search_file], overwrite), bar(f"solving for {density:g}") as progress:
-            front = find(
-                {length: found.mean(settings.influence) for length, found in measured.items()},
-                settings.limits(density),
-                layers=layers,
-                model=settings.base,
-                embeddings=next(iter(measured.values())).about["embeddings"],
-                evidence=_evidence(settings, measured),
-                save_to=folder.search_file,
-                progress=progress,
-            )
+            limits = settings.limits(density)
+            front = find(influences, limits, **said, save_to=folder.search_file, progress=progress)
+        front += rivals(influences, limits, **said)
         _write(folder, front)
         settings.save(folder.path)
         _tell(front, list(measured), folder)
@@ -79,7 +80,6 @@ def _searched_layers(settings: SpanRecipe) -> list[int]:
 
 def _evidence(settings: SpanRecipe, measured: dict[int, Influence]) -> dict[str, Any]:
     return {
-        "influence": settings.influence,
         "items": {str(length): found.items for length, found in measured.items()},
         "dense_loss": {str(length): found.loss for length, found in measured.items()},
         "seed": settings.seed,
@@ -101,10 +101,12 @@ def _write(folder: PlanFolder, front: list[Candidate]) -> None:
 
 
 def _tell(front: list[Candidate], lengths: list[int], folder: PlanFolder) -> None:
-    table = Table("plan", *(f"loss at {n}" for n in lengths), *(f"KV at {n}" for n in front[0].densities), box=None)
+    table = Table(
+        "plan", "kind", *(f"loss at {n}" for n in lengths), *(f"KV at {n}" for n in front[0].densities), box=None
+    )
     for place, candidate in enumerate(front):
         losses = [f"{loss:.4g}" for loss in candidate.losses.values()]
         densities = [f"{density:.1%}" for density in candidate.densities.values()]
-        table.add_row(f"{place:02}", *losses, *densities)
+        table.add_row(f"{place:02}", candidate.kind, *losses, *densities)
     Console().print(table)
     tell(f"{len(front)} plans in {folder.path}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False) -> None:
     """Step 4: apply every plan to texts longer than those of the search, keep the best, write a report.
 
+    The least loss wins, whatever kind of plan has it; the share of answers that stay the same is shown beside it.
+
     A run that was stopped goes on after its last measured loss.
     """
     settings = begin(recipe, context.args)
@@ -57,11 +59,11 @@ def _one_density(settings: SpanRecipe) -> list[str]:
 
 
 def _tell(found: Verdict, plans: list[SpanPlan], length: int) -> None:
-    table = Table("plan", f"loss at {length}", f"KV at {length}", box=None)
-    table.add_row("dense", f"{found.dense:.4f}", "100.0%")
-    same = found.plan.searched["validation"]["uniform_kv_density"]
-    table.add_row("one span for all heads", f"{found.uniform:.4f}", f"{same:.1%}")
-    for place, (plan, loss) in enumerate(zip(plans, found.losses, strict=True)):
+    table = Table("plan", "kind", f"loss at {length}", "answers kept", f"KV at {length}", box=None)
+    rows = [("", "dense", found.dense)]
+    for place, (plan, measured) in enumerate(zip(plans, found.measured, strict=True)):
         name = f"{place:02}" + (" (chosen)" if place == found.chosen else "")
-        table.add_row(name, f"{loss:.4f}", f"{plan.kv_density(length):.1%}")
+        rows.append((name, str(plan.searched.get("kind", "")), measured))
+    for name, kind, one in rows:
+        table.add_row(name, kind, f"{one.loss:.4f}", f"{one.accuracy:.1%}", f"{one.kv_density:.1%}")
     Console().print(table)

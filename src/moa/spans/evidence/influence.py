@@ -24,7 +24,7 @@ from moa.spans.evidence.items import Item, response_loss
 from moa.spans.evidence.probe import BlockSums, probing
 from moa.spans.identity import family, identity
 
-KINDS = ("absolute", "signed")
+KINDS = ("blocks", "absolute", "signed")
 
 
 @dataclass
@@ -51,14 +51,22 @@ class Influence:
     loss: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
 
-    def mean(self, kind: str = "signed") -> Tensor:
+    def mean(self, kind: str = "blocks") -> Tensor:
         """Mean over items, (layers, KV heads, blocks, blocks) float32.
 
+        Args:
+            kind: "blocks", what a search takes: the absolute value of a block's signed sum. Within a block what helps
+                and what hurts cancel, as they do when all of it goes; across blocks they do not, since a first-order
+                estimate of an answer that is right already has no reliable sign. "absolute" is the official code's
+                sum of absolute entries, "signed" the paper's plain sum; both are here to compare.
+
         Raises:
-            ValueError: ``kind`` is neither "absolute" nor "signed".
+            ValueError: another ``kind``.
         """
         if kind not in KINDS:
             raise ValueError(f"influence={kind!r} is not one of {list(KINDS)}")
+        if kind == "blocks":
+            return (self.signed / max(self.items, 1)).abs()
         return (self.signed if kind == "signed" else self.absolute) / max(self.items, 1)
 
     def save(self, path: Path, key: str = "") -> None:

@@ -89,3 +89,15 @@ def predicted(model: Any, item: Item) -> tuple[Tensor, Tensor]:
     """
     logits, wanted = _response_logits(model, item)
     return cross_entropy(logits, wanted, reduction="none").cpu(), (logits.argmax(-1) == wanted).cpu()
+
+
+def answers_kept(item: Item, hits: Tensor) -> list[bool]:
+    """For each answer, a run of response tokens, whether all of its tokens are hits.
+
+    Args:
+        item: the item.
+        hits: as `predicted` gives them.
+    """
+    ranges = [end - start for start, end in item.to_dict()["response"]]
+    ranges[0] -= item.response[0]  # the first token is never predicted
+    return [bool(part.all()) for part in hits.split(ranges) if len(part)]

@@ -60,7 +60,7 @@ class Limits:
     rules_per_layer: int = 2
     step: int = 1024
     slopes: int = 9
-    intervals: int = 4
+    intervals: int = 2
     sink: int = 64
     block: int = 64
     tolerance: float = 0.005
@@ -155,7 +155,10 @@ def rivals(
     last = influences[max(influences)]
     kv_heads = last.shape[1]
     shape = ModelShape(len(searched), kv_heads, kv_heads, 1, (None,) * len(searched), None)
-    kinds = {"two classes": partial(two_class, influence=last[searched]), "uniform": uniform_window}
+    kinds: dict[str, Callable[..., SpanPlan]] = {
+        "two classes": partial(two_class, influence=last[searched]),
+        "uniform": uniform_window,
+    }
     made = []
     for kind, build in kinds.items():
         if (rows := _within(build, shape, limits, influences)) is not None:
