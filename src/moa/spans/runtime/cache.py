@@ -124,10 +124,13 @@ class SpanLayer(CacheLayerMixin):
         self.rings, self.padding = self._lay_out(parts, keys, values, sink), None
         if old_keys is None or old_values is None:
             return
-        places = positions(0, self.columns, padding, self.device)[1]
         for ring in self.rings:
             heads = list(ring.heads)
-            ring.store(old_keys[:, heads, : self.columns], old_values[:, heads, : self.columns], places, self.count)
+            keys, values = old_keys[:, heads, : self.columns], old_values[:, heads, : self.columns]
+            if isinstance(self.count, int):
+                ring.store_run(keys, values, 0, self.count)
+            else:
+                ring.store(keys, values, positions(0, self.columns, padding, self.device)[1], self.count)
 
     def _grow(self, spans: Sequence[int], keys: Tensor, values: Tensor, sink: int) -> None:
         """Into longer rings; heads that had the same span may part."""
@@ -173,13 +176,21 @@ class SpanLayer(CacheLayerMixin):
         before, self.count = self.count, self.count + (new if tokens is None else tokens.sum(1))
         if not self.rings:
             self._note_padding(new, tokens)
-        elif new == 1 and isinstance(before, int) and tokens is None and self._alike():
+        elif isinstance(before, int) and isinstance(self.count, int) and self._alike():
             for ring in self.rings:
-                ring.put(heads_of(keys, ring.heads), heads_of(values, ring.heads), before)
+                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
+                if new == 1:
+                    ring.put(*mine, before)
+                else:
+                    ring.store_run(*mine, before, self.count)
         else:
             places = positions(before, new, tokens, self.device)[1]
             for ring in self.rings:
-                ring.store(heads_of(keys, ring.heads), heads_of(values, ring.heads), places, self.count)
+                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
+                if new == 1:
+                    ring.store_one(*mine, places.expand(keys.shape[0], -1))
+                else:
+                    ring.store(*mine, places, self.count)
         self.columns += new
 
     def _alike(self) -> bool:
