@@ -17,10 +17,16 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
     from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import influence
     from moa.spans.journal import settings_of
+    from moa.spans.shape import ModelShape
 
     items = {length: load_items(settings.items_file, length) for length in sorted(settings.lengths)}
-    about = {"base": settings.base, "data": settings_of(settings.items_file).get("source")}
     model, _ = load_model(settings)
+    windows = ModelShape.of(model).windows
+    about = {
+        "base": settings.base,
+        "data": settings_of(settings.items_file).get("source"),
+        "layers": [layer for layer, window in enumerate(windows) if window is None],
+    }
     files = [settings.influence_file(length) for length in items]
     with replaced(files, overwrite), bar("measuring influence") as progress:
         total = sum(map(len, items.values()))

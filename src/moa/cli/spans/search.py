@@ -30,10 +30,11 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
 
     measured = _measured(settings)
     influences = {length: found.mean() for length, found in measured.items()}
+    about = next(iter(measured.values())).about
     said: dict[str, Any] = {
-        "layers": _searched_layers(settings),
+        "layers": about["layers"],
         "model": settings.base,
-        "embeddings": next(iter(measured.values())).about["embeddings"],
+        "embeddings": about["embeddings"],
         "evidence": _evidence(settings, measured),
     }
     for density in settings.density:
@@ -65,17 +66,6 @@ def _measured(settings: SpanRecipe) -> dict[int, Influence]:
         if found.about.get("base") != settings.base:
             raise ValueError(f"{file} is the influence of {found.about.get('base')!r}, not of base={settings.base!r}")
     return measured
-
-
-def _searched_layers(settings: SpanRecipe) -> list[int]:
-    from transformers import AutoConfig
-
-    from moa.assets import EMBEDDED, base_path
-    from moa.spans.shape import ModelShape
-
-    source = str(base_path(settings.base)) if settings.base in EMBEDDED else settings.base
-    windows = ModelShape.of(AutoConfig.from_pretrained(source, trust_remote_code=False)).windows
-    return [layer for layer, window in enumerate(windows) if window is None]
 
 
 def _evidence(settings: SpanRecipe, measured: dict[int, Influence]) -> dict[str, Any]:

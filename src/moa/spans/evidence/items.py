@@ -63,10 +63,22 @@ class Item:
 
 def response_loss(model: Any, item: Item) -> Tensor:
     """Mean cross-entropy over the response tokens of one item: a float32 scalar, differentiable."""
-    return cross_entropy(*_response_logits(model, item))
+    return cross_entropy(*response_logits(model, item))
 
 
-def _response_logits(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+def log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean log-odds against the wanted tokens, ``log((1 - p) / p)`` in nats: a scalar, differentiable.
+
+    Its gradient is that of the cross-entropy over ``1 - p``. An answer that is certain moves the cross-entropy of its
+    tokens by nearly nothing, whatever is taken away to first order, so that the few uncertain tokens would decide alone
+    what far context is worth; log-odds count all of them alike.
+    """
+    own = logits.gather(-1, wanted[:, None])
+    others = logits.scatter(-1, wanted[:, None], float("-inf")).logsumexp(-1, keepdim=True)
+    return (others - own).mean()
+
+
+def response_logits(model: Any, item: Item) -> tuple[Tensor, Tensor]:
     """Float32 logits (tokens, vocabulary) that predict the response tokens, and these tokens.
 
     Only the logits that the loss needs are computed where the model's forward can choose them.
@@ -87,7 +99,7 @@ def predicted(model: Any, item: Item) -> tuple[Tensor, Tensor]:
     Returns:
         Losses in nats (tokens,) float32, and whether the token is the most likely one (tokens,) bool; both on the CPU.
     """
-    logits, wanted = _response_logits(model, item)
+    logits, wanted = response_logits(model, item)
     return cross_entropy(logits, wanted, reduction="none").cpu(), (logits.argmax(-1) == wanted).cpu()
 
 
