@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["FACTS", "Asked", "FactText", "fact_texts"]
@@ -23,8 +23,9 @@ FACTS = 4
 ROOMS = "library kitchen garage attic cellar office workshop stable chapel theatre bakery laundry".split()  # noqa: SIM905
 NAMES = "Martha Edward Louise Henry Agnes Walter Edith George Bertha Arthur Flora Hugh".split()  # noqa: SIM905
 TOWNS = "Bergen Lyon Porto Ghent Turin Basel Krakow Malaga Graz Cork Leeds Bremen".split()  # noqa: SIM905
-# Keys, the sentence, the question, and how the answer begins.
-FORMS = (
+Form = tuple[Sequence[str], str, str, str]
+"""Keys, the sentence, the question, and how the answer begins."""
+FORMS: tuple[Form, ...] = (
     (ROOMS, "The access code of the {} is {}.", "What is the access code of the {}?", "The access code of the {} is"),
     (NAMES, "{} has collected {} stamps.", "How many stamps has {} collected?", "{} has collected"),
     (
@@ -66,7 +67,9 @@ class FactText:
     asked: tuple[Asked, ...]
 
 
-def fact_texts(text: str, length: int, count: Callable[[str], int], seed: int | str = 0) -> Iterator[FactText]:
+def fact_texts(
+    text: str, length: int, count: Callable[[str], int], seed: int | str = 0, forms: Sequence[Form] = FORMS
+) -> Iterator[FactText]:
     """An endless series of texts with facts.
 
     Args:
@@ -74,6 +77,7 @@ def fact_texts(text: str, length: int, count: Callable[[str], int], seed: int | 
         length: most tokens of a conversation: context, questions, answers and a chat template around them.
         count: tokens of a piece of text.
         seed: another seed draws other texts.
+        forms: of the facts, taken in turn; another wording tests what was calibrated on this one.
 
     Raises:
         ValueError: too few sentences of text, or a length without room for the facts and some text between them.
@@ -88,7 +92,7 @@ def fact_texts(text: str, length: int, count: Callable[[str], int], seed: int | 
         )
     rng = random.Random(f"facts/{length}/{seed}")
     for turn in itertools.count():
-        keys, fact, question, start = FORMS[turn % len(FORMS)]
+        keys, fact, question, start = forms[turn % len(forms)]
         values = map(str, rng.sample(range(1000, 10_000), FACTS))
         facts = list(zip(rng.sample(keys, FACTS), values, strict=True))
         hidden = [fact.format(*pair) for pair in facts]
