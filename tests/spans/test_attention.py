@@ -142,6 +142,20 @@ def test_padding_asks_once_a_forward() -> None:
     assert counts[0] == counts[1] <= 2 * 20, asked.found[0]
 
 
+@pytest.mark.slow
+def test_reading_and_writing_are_one_graph() -> None:
+    """The compiler finds no break in a prefill, nor in a token after it."""
+    model, plan, tokens = tiny(), mixed_plan(), ids(1, 60)
+    with torch.no_grad(), apply_spans(model, plan, length=60):
+        expected, _ = decoded(model, tokens[:, :41], 40)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        output = compiled(tokens[:, :40])
+        step = compiled(tokens[:, 40:41], past_key_values=output.past_key_values)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.cat([output.logits, step.logits], 1), expected, rtol=1e-4, atol=2e-5)
+
+
 def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "SMALLEST", 8)
     monkeypatch.setattr(columns, "LARGEST", 8)

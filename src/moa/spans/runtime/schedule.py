@@ -8,7 +8,6 @@ it: to the new length at a prefill, in steps of four blocks while decoding.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -27,13 +26,17 @@ class Spans:
     def __init__(self, plan: SpanPlan, config: Any) -> None:
         plan.for_model(config)  # raises if the plan is for another model
         self.plan, self.config, self.shape = plan, config, ModelShape.of(config)
-        self.at = functools.lru_cache(maxsize=8)(self._at)
+        self._known: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spans:
         return self  # a copied cache still follows the same plan
 
-    def _at(self, length: int) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(row) for row in self.plan.for_model(self.config, length).spans(length))
+    def at(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Layers x KV heads: spans of a text of ``length`` tokens."""
+        if length not in self._known:
+            rows = self.plan.for_model(self.config, length).spans(length)
+            self._known[length] = tuple(tuple(row) for row in rows)
+        return self._known[length]
 
     def reach(self, length: int, text: int, new: int) -> int:
         """``N`` after ``new`` tokens made the text ``text`` tokens long, when it was ``length`` before."""
