@@ -139,7 +139,8 @@ def test_one_profile_serves_many_densities(done, recipe, tiny_base, tmp_path):
     both = ("--density", 0.4, 0.6)
     said = moa("spans", "search", recipe, *given, *both)
     assert str(tmp_path / "density-0.4") in said
-    moa("spans", "validate", recipe, *given, *both)
+    validated = moa("spans", "validate", recipe, *given, *both)
+    assert f"--evidence {folder} --density 0.4 --prompt ..." in validated
     plans = {share: SpanPlan.load(tmp_path / f"density-{share}") for share in (0.4, 0.6)}
     for share, plan in plans.items():
         assert plan.searched["limits"]["density"] == share

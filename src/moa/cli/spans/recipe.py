@@ -212,12 +212,12 @@ def overrides_of(arguments: list[str]) -> dict[str, Any]:
     from moa.cli.train import flags
 
     joined: list[str] = []
-    for flag, values in _flags(arguments):
+    for flag, values in grouped(arguments):
         joined += [flag, f"[{', '.join(values)}]"] if len(values) > 1 else [flag, *values]
     return dict(flags(joined))
 
 
-def _flags(arguments: list[str]) -> list[tuple[str, list[str]]]:
+def grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
     """Every flag with the values that follow it."""
     found: list[tuple[str, list[str]]] = []
     for argument in arguments:

@@ -42,7 +42,7 @@ def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fals
         settings.save(folder.path)
         tell(f"plan: {folder.plan_file}")
         tell(f"report: {folder.report_file}")
-    next_step("run", recipe, [*context.args, *_one_density(settings), "--prompt", "..."])
+    next_step("run", recipe, [*_of_one_density(settings, context.args), "--prompt", "..."])
 
 
 def _front(folder: PlanFolder) -> list[SpanPlan]:
@@ -53,9 +53,14 @@ def _front(folder: PlanFolder) -> list[SpanPlan]:
     return [SpanPlan.load(file) for file in folder.front()]
 
 
-def _one_density(settings: SpanRecipe) -> list[str]:
-    """What `run` must be told where there are several."""
-    return [] if len(settings.density) == 1 else ["--density", f"{settings.density[0]:g}"]
+def _of_one_density(settings: SpanRecipe, arguments: list[str]) -> list[str]:
+    """The flags for `run`, which answers under one plan."""
+    from moa.cli.spans.recipe import grouped
+
+    if len(settings.density) == 1:
+        return arguments
+    others = [part for flag, values in grouped(arguments) if flag != "--density" for part in (flag, *values)]
+    return [*others, "--density", f"{settings.density[0]:g}"]
 
 
 def _tell(found: Verdict, plans: list[SpanPlan], length: int) -> None:
