@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -132,39 +133,47 @@ def check_signals(signals: Mapping[int, list[Signal]], least: float) -> None:
             )
 
 
+class _Answered(NamedTuple):
+    """An item, the dense model's loss on it, and how many answers are right where that is known."""
+
+    item: Item
+    loss: float
+    right: int | None
+
+
 def _item(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> tuple[Item, Signal] | None:
     """An item and what it tells; None if the text is too short or too long, or no known answer is right."""
-    several = len(passage.turns) > 1
-    found = (_known if several else _answered)(model, tokenizer, passage, length, max_new_tokens)
+    if len(passage.turns) > 1:
+        found = _known(model, tokenizer, passage, length)
+    else:
+        found = _own(model, tokenizer, passage, length, max_new_tokens)
     if found is None:
         return None
-    item, right = found
-    loss = float(predicted(model, item)[0].mean())
     shape, block = ModelShape.of(model), max(length // (2 * SHORT), 1)
     short = SpanPlan.uniform(shape.layers, shape.kv_heads, 1 / SHORT, sink=block, block=block)
     with apply_spans(model, short):
-        far = float(predicted(model, item)[0].mean()) - loss
-    return item, Signal(loss, far, right, len(passage.turns))
+        far = float(predicted(model, found.item)[0].mean()) - found.loss
+    return found.item, Signal(found.loss, far, found.right, len(passage.turns))
 
 
-def _known(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> tuple[Item, int] | None:
+def _known(model: Any, tokenizer: Any, passage: Passage, length: int) -> _Answered | None:
     """Several questions with known answers: those that the model gives right are its own greedy ones."""
     tokens, answers = conversation(tokenizer, passage)
     if not SHORTEST * length <= len(tokens) <= length:
         return None
     marked = {place for places in answers for place in places}
-    whole = Item(tuple(tokens), tuple(place in marked for place in range(len(tokens))))
-    best = dict(zip(sorted(marked), predicted(model, whole)[1].tolist(), strict=True))
-    right = [places for places in answers if all(best[place] for place in places)]
+    losses, hits = predicted(model, Item(tuple(tokens), tuple(place in marked for place in range(len(tokens)))))
+    loss_at = dict(zip(sorted(marked), losses.tolist(), strict=True))
+    hit_at = dict(zip(sorted(marked), hits.tolist(), strict=True))
+    right = [places for places in answers if all(hit_at[place] for place in places)]
     kept = {place for places in right for place in places}
     if not kept:
         return None
-    return Item(whole.tokens, tuple(place in kept for place in range(len(tokens)))), len(right)
+    item = Item(tuple(tokens), tuple(place in kept for place in range(len(tokens))))
+    return _Answered(item, fmean(loss_at[place] for place in kept), len(right))
 
 
-def _answered(
-    model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int
-) -> tuple[Item, int | None] | None:
+def _own(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> _Answered | None:
     """One question, with the model's greedy answer."""
     most = min(passage.answer_tokens or max_new_tokens, max_new_tokens)
     prompt = prompt_tokens(tokenizer, passage, length - most)
@@ -174,7 +183,8 @@ def _answered(
     known, right = passage.turns[0].answer, None
     if known is not None:
         right = int(tokenizer.decode(answer, skip_special_tokens=True).strip().startswith(known.strip()))
-    return Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)), right
+    item = Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+    return _Answered(item, float(predicted(model, item)[0].mean()), right)
 
 
 def load_items(path: Path, length: int) -> list[Item]:
