@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from moa.spans.evidence.influence import Influence, influence
 from moa.spans.evidence.items import Item, log_odds, response_loss
+from moa.spans.evidence.probe import BlockSums, probing
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spans"
 ON_INTERFACE = [name for name in FAMILIES if name not in ("falcon", "gptj", "bloom", "mpt")]
@@ -93,6 +94,25 @@ def test_every_family_without_code_for_it(family):
     found = influence(model, [text], len(text.tokens), block=1, loss="cross-entropy").mean("signed")
     # The first row has one entry and nothing to renormalise onto: by definition not what the gradient says.
     torch.testing.assert_close(found[:, :, 1:], wanted[:, :, 1:].float(), atol=2e-5, rtol=2e-4)
+
+
+def test_memory_is_that_of_a_block(tiny_llama):
+    """What a text keeps for the way back, in bytes: one input for every block more."""
+    kept = []
+    for layers in (2, 6):
+        model, text, sizes = tiny_llama(num_hidden_layers=layers).eval(), item(64, 60, vocabulary=259), []
+        before = dict(vars(model.model.layers[0]))
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, probing(model, BlockSums(layers, 2, 64, 8)), torch.enable_grad():
+            response_loss(model, text)
+        kept.append(sum(sizes))
+        assert vars(model.model.layers[0]) == before
+    assert kept[1] - kept[0] <= 4 * 64 * model.config.hidden_size * 4 * 2
 
 
 def test_log_odds_count_certain_answers_like_others(tiny_llama):

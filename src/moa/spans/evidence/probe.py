@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer as Block
 
 NAME = "moa-influence"
 
@@ -63,19 +66,30 @@ _sums: ContextVar[BlockSums | None] = ContextVar("influence sums", default=None)
 
 @contextmanager
 def probing(model: Any, sums: BlockSums) -> Iterator[None]:
-    """Inside, ``model`` attends through the probe and its backward fills ``sums``; no parameter gets a gradient."""
+    """Inside, ``model`` attends through the probe and its backward fills ``sums``; no parameter gets a gradient.
+
+    Blocks keep their inputs alone and are read once more on the way back: a text then needs little more memory than its
+    longest block does.
+    """
     before = model.config._attn_implementation
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training, token = model.training, _sums.set(sums)
     # Without a trainable parameter autograd would not start; the embedding's output is where it starts instead.
     start = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    blocks = [(block, vars(block).get("forward")) for block in model.modules() if isinstance(block, Block)]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
         model.set_attn_implementation(NAME)
+        for block, _ in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield
     finally:
+        for block, own in blocks:
+            vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own
         model.set_attn_implementation(before)
         model.train(was_training)
         for parameter in trainable:
