@@ -90,7 +90,7 @@ def plans_at(model: Any, tokenizer: Any, density: float, args: argparse.Namespac
     """Every method's plan at a density; baselines are made anew for every length, so that their bytes are right."""
     args.work.mkdir(parents=True, exist_ok=True)
     lost = {n: influences(model, tokenizer, n, args) for n in args.profiled}
-    scores = far_influence(lost[max(lost)].mean("absolute"))
+    scores = far_influence(lost[max(lost)].mean())
     made: dict[str, PlanAt] = {
         "uniform window": lambda length: uniform_window(model, density, length),
         "two classes": lambda length: two_class(model, density, length, scores),
@@ -104,7 +104,7 @@ def plans_at(model: Any, tokenizer: Any, density: float, args: argparse.Namespac
 
 
 def influences(model: Any, tokenizer: Any, length: int, args: argparse.Namespace) -> Influence:
-    """Mean absolute influence, (layers, KV heads, blocks, blocks), on the model's own answers."""
+    """Influence of one length, on the model's own answers."""
     items = calibration(model, tokenizer, length, args.items, CALIBRATION)
     return influence(model, items, length, save_to=args.work / f"influence-{length}.safetensors")
 

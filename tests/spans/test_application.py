@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from moa.spans import SpanPlan, apply_spans, cache_bytes
+from moa.spans.identity import family
+from moa.spans.runtime.cache import SpanLayer
 
 LENGTH = 40
 
@@ -371,3 +376,123 @@ def test_an_older_transformers_is_refused_by_its_version(monkeypatch: pytest.Mon
     monkeypatch.delattr(CacheLayerMixin, "get_max_length")
     with pytest.raises(RuntimeError, match=f"than transformers {transformers.__version__} has"):
         apply_spans(tiny(), mixed_plan())
+
+
+def test_a_prompt_given_as_embeddings_has_the_same_length() -> None:
+    model, plan, prompt = tiny(), mixed_plan(), ids(length=30)
+    settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad(), apply_spans(model, plan):
+        by_ids = model.generate(prompt, **settings)
+        by_vectors = model.generate(inputs_embeds=model.get_input_embeddings()(prompt), **settings)
+        assert cache_bytes(by_vectors.past_key_values) == cache_bytes(by_ids.past_key_values)
+        again = torch.cat([by_ids.sequences, ids(2, 10, seed=3)], 1)
+        turns = [
+            model.generate(**{name: value}, past_key_values=cache.past_key_values, **settings)
+            for name, value, cache in (
+                ("input_ids", again, by_ids),
+                ("inputs_embeds", model.get_input_embeddings()(again), by_vectors),
+            )
+        ]
+    close(torch.stack(by_vectors.logits), torch.stack(by_ids.logits))
+    close(torch.stack(turns[0].logits), torch.stack(turns[1].logits))
+    assert cache_bytes(turns[0].past_key_values) == cache_bytes(turns[1].past_key_values)
+
+
+def test_threads_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread waits for the others between its cache's update and its attention."""
+    model, plan, threads = tiny(), mixed_plan(), 3
+    together, update = threading.Barrier(threads, timeout=60), SpanLayer.update
+
+    def waiting(*args: object, **kwargs: object) -> object:
+        found = update(*args, **kwargs)
+        together.wait()
+        return found
+
+    tokens = [ids(1, LENGTH, seed=seed) for seed in range(threads)]
+    with apply_spans(model, plan, length=LENGTH):
+        expected = [decoded(model, row, 30)[0] for row in tokens]
+        monkeypatch.setattr(SpanLayer, "update", waiting)
+        with ThreadPoolExecutor(threads) as pool:
+            got = list(pool.map(lambda row: decoded(model, row, 30)[0], tokens))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_cache_given_by_position_is_used() -> None:
+    model, plan, tokens = tiny(), mixed_plan(), ids(length=LENGTH)
+    with torch.no_grad(), apply_spans(model, plan, length=LENGTH):
+        expected = model.model(tokens).last_hidden_state
+        cache = model.model(tokens[:, :30]).past_key_values
+        close(model.model(tokens[:, 30:], None, None, cache).last_hidden_state, expected[:, 30:])
+
+
+def test_drafted_tokens_are_refused_before_the_prompt_is_read() -> None:
+    model, plan, read = tiny(), mixed_plan(), []
+    model.model.register_forward_pre_hook(lambda *args: read.append(args))
+    other = tiny()
+    with apply_spans(model, plan):
+        for settings in ({"assistant_model": other}, {"prompt_lookup_num_tokens": 3}):
+            with pytest.raises(NotImplementedError, match="without an assistant"):
+                model.generate(ids(1), max_new_tokens=5, **settings)
+        assert not read
+        with pytest.raises(NotImplementedError, match="without an assistant"):
+            other.generate(ids(1), max_new_tokens=5, assistant_model=model)
+        assert not read
+
+
+@pytest.mark.parametrize("host", ["sdpa", "eager"])
+def test_attention_weights_are_refused(host: str) -> None:
+    model = tiny()
+    model.set_attn_implementation(host)
+    with apply_spans(model, mixed_plan()):
+        with pytest.raises(ValueError, match=r"output_attentions=True.*without the plan"):
+            model(ids(), output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions=True"):
+            model.generate(ids(), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    if host == "eager":
+        model.config.output_attentions = True
+        with apply_spans(model, mixed_plan()), pytest.raises(ValueError, match="output_attentions=True"):
+            model(ids())
+
+
+def test_only_held_tokens_count_as_used() -> None:
+    model, plan = tiny(), mixed_plan()
+    with torch.no_grad(), apply_spans(model, plan, length=80):
+        cache = model(ids(length=8)).past_key_values
+        assert cache_bytes(cache) == plan.kv_bytes(model, 80, 2)
+        assert cache_bytes(cache, used=True) == SpanPlan.dense(LAYERS, KV_HEADS).kv_bytes(model, 8, 2)
+        mask = torch.ones(2, 8, dtype=torch.long)
+        mask[1, :5] = 0
+        padded = model(ids(length=8), attention_mask=mask).past_key_values
+    assert cache_bytes(padded, used=True) < cache_bytes(cache, used=True)
+
+
+def test_what_an_outgrown_length_costs_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, plan, tokens = tiny(), mixed_plan(), ids(length=80)
+    with torch.no_grad():
+        with apply_spans(model, plan, length=80):
+            cache = model(tokens[:, :40]).past_key_values
+            model(tokens[:, 40:], past_key_values=cache)
+        assert not caplog.records
+        with apply_spans(model, plan):
+            cache = model(tokens[:, :40]).past_key_values
+            model(tokens[:, 40:], past_key_values=cache)
+    assert ["length=..." in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_plan_knows_its_model(tmp_path: Path) -> None:
+    model, plan = tiny(), mixed_plan()
+    plan.model, plan.embeddings = "someone/else", family(model)
+    plan = SpanPlan.load(plan.save(tmp_path / "plan.json"))
+    apply_spans(model, plan).remove()  # its embeddings say so, whatever it is called
+    apply_spans(model.to(torch.bfloat16), plan).remove()
+    other = tiny(initializer_range=0.2)
+    other.config._name_or_path = "somewhere/other"
+    with pytest.raises(ValueError, match=r"searched for the model 'someone/else', this is 'somewhere/other'"):
+        apply_spans(other, plan)
+    apply_spans(other, plan, any_model=True).remove()
+    other.config._name_or_path = "/models/else"
+    apply_spans(other, plan).remove()  # a fine-tuned model under its old name
+    other.config._name_or_path = ""
+    with pytest.raises(ValueError, match="a model without a name"):
+        apply_spans(other, plan)

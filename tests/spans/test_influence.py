@@ -15,7 +15,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from moa.spans.evidence.influence import Influence, influence
-from moa.spans.evidence.items import Item, response_loss
+from moa.spans.evidence.items import Item, log_odds, response_loss
+from moa.spans.evidence.probe import BlockSums, probing
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spans"
 ON_INTERFACE = [name for name in FAMILIES if name not in ("falcon", "gptj", "bloom", "mpt")]
@@ -41,13 +42,14 @@ def official() -> tuple[LlamaForCausalLM, Item, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_official_influence(official, block):
     model, text, tensors = official
-    found = influence(model, [text], 128, block)
+    found = influence(model, [text], 128, block, loss="cross-entropy")
     signed = tensors[f"effect_block{block}_signed"][0]
     # One entry per block: its absolute value is that of the signed one.
     absolute = signed.abs() if block == 1 else tensors[f"effect_block{block}_abs"][0]
     assert found.loss == pytest.approx(tensors["loss"].item(), abs=2e-6)
     torch.testing.assert_close(found.mean("signed"), signed, atol=2e-7 * block, rtol=1e-5)
     torch.testing.assert_close(found.mean("absolute"), absolute, atol=2e-7 * block, rtol=1e-5)
+    torch.testing.assert_close(found.mean(), signed.abs(), atol=2e-7 * block, rtol=1e-5)
 
 
 def by_score_gradients(model: Any, text: Item) -> torch.Tensor:
@@ -89,9 +91,43 @@ def test_every_family_without_code_for_it(family):
         model.config.sliding_window = 8
     text = item()
     wanted = by_score_gradients(model, text)
-    found = influence(model, [text], len(text.tokens), block=1).mean("signed")
+    found = influence(model, [text], len(text.tokens), block=1, loss="cross-entropy").mean("signed")
     # The first row has one entry and nothing to renormalise onto: by definition not what the gradient says.
     torch.testing.assert_close(found[:, :, 1:], wanted[:, :, 1:].float(), atol=2e-5, rtol=2e-4)
+
+
+def test_memory_is_that_of_a_block(tiny_llama):
+    """What a text keeps for the way back, in bytes: one input for every block more."""
+    kept = []
+    for layers in (2, 6):
+        model, text, sizes = tiny_llama(num_hidden_layers=layers).eval(), item(64, 60, vocabulary=259), []
+        before = dict(vars(model.model.layers[0]))
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, probing(model, BlockSums(layers, 2, 64, 8)), torch.enable_grad():
+            response_loss(model, text)
+        kept.append(sum(sizes))
+        assert vars(model.model.layers[0]) == before
+    assert kept[1] - kept[0] <= 4 * 64 * model.config.hidden_size * 4 * 2
+
+
+def test_log_odds_count_certain_answers_like_others(tiny_llama):
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = torch.randn(5, 7, generator=generator), torch.tensor([0, 1, 2, 3, 3])
+    chance = logits.softmax(-1).gather(1, wanted[:, None])[:, 0]
+    torch.testing.assert_close(log_odds(logits, wanted), ((1 - chance) / chance).log().mean())
+    # One supervised token: its influence is that on the cross-entropy over the chance of being wrong.
+    model, text = tiny_llama().eval(), item(32, 31, vocabulary=259)
+    by_loss, by_odds = (influence(model, [text], 32, 8, loss=name) for name in ("cross-entropy", "log-odds"))
+    wrong = 1 - torch.tensor(by_loss.loss).neg().exp()
+    torch.testing.assert_close(by_odds.signed * wrong, by_loss.signed, atol=1e-7, rtol=1e-4)
+    assert by_odds.loss == by_loss.loss
+    with pytest.raises(ValueError, match=r"loss='hinge' is not one of \['log-odds', 'cross-entropy'\]"):
+        influence(model, [text], 32, 8, loss="hinge")
 
 
 def test_blocks_of_a_short_text_fill_the_corner(tiny_llama):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from moa.spans import Rule, SpanPlan, span
 from moa.spans.search.grid import rules
 from moa.spans.search.pareto import Point, front, sweep
-from moa.spans.search.plans import Limits, search, solver, verify
+from moa.spans.search.plans import Limits, rivals, search, solver, verify
 from moa.spans.search.pricing import Pricing
 from moa.spans.search.program import Program, native, program, reference
 from moa.spans.search.solution import Goal
@@ -175,9 +175,50 @@ def dropped_by(plan: SpanPlan, influence: torch.Tensor, length: int) -> float:
     return total
 
 
-def test_layers_left_out_stay_full():
-    found = search(influences(4), LIMITS, layers=[1, 3])
+def test_rivals_keep_the_bytes_and_say_what_they_drop():
+    measured = {length: tensor * torch.tensor([20.0, 1.0])[:, None, None] for length, tensor in influences(3).items()}
+    found = rivals(measured, LIMITS, model="some/model", evidence={"seed": 7})
+    assert [candidate.kind for candidate in found] == ["two classes", "uniform"]
     for candidate in found:
+        plan = candidate.plan
+        assert (plan.model, plan.sink, plan.block, plan.searched["seed"]) == ("some/model", 32, 32, 7)
+        for length in (256, 512, 1024):
+            assert 0.4 < plan.kv_density(length) <= 0.5 + 1e-9
+        for length, loss in candidate.losses.items():
+            assert loss == pytest.approx(dropped_by(plan, measured[length], length))
+    assert len({rule for row in found[0].plan.rules() for rule in row}) == 2
+    assert len({rule for row in found[1].plan.rules() for rule in row}) == 1
+    assert rivals(measured, Limits(density=0.1, sink=32, block=32)) == []  # not even sink and a block for each head
+
+
+def test_a_longer_text_is_the_longest_one_stretched():
+    """A far-looking head loses by a fixed span at a length that nobody profiled, a near-looking one does not."""
+    far, near = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    far[..., 12:, 5:7], near[..., range(1, 16), range(15)] = 1.0, 1.0
+    fixed, half = Rule(384, 0), Rule(0, 0.75)  # the same 12 blocks of 512 tokens
+    for influence, lost in ((far, 16 / 2), (near, 0)):
+        priced = program({512: influence}, [fixed, half], native(32, 32), {512: 1.0}, block=32, longer=[1024])
+        alone = program({512: influence}, [fixed, half], native(32, 32), {512: 1.0}, block=32)
+        assert alone.losses[0, 0, 0].tolist() == [0, 0]
+        assert priced.losses[0, 0, 0, 1] == 0
+        assert (priced.losses[0, 0, 0, 0] > 0) == (lost > 0)
+    spread = torch.ones(1, 1, 16, 16).tril()
+    longer = program({512: spread}, [half, Rule(0, 1)], native(32, 32), {512: 1.0}, block=32, longer=[768])
+    whole = program({512: spread}, [half, Rule(0, 1)], native(32, 32), {512: 1.0}, block=32)
+    # Half of the loss at 512, where 11 blocks are a window, and half of that at 768, whose 17 blocks are 11.33 there.
+    assert whole.losses[0, 0, 0, 0] > longer.losses[0, 0, 0, 0] > 0
+    assert longer.losses[0, 0, 0, 1] == 0
+
+
+def test_plans_are_searched_for_longer_texts_too():
+    measured = {512: torch.zeros(2, 2, 16, 16)}
+    measured[512][0, 0, 12:, 5:7] = 1.0
+    (found,) = search(measured, Limits(density=0.6, extend=(2048,), step=128, sink=32, block=32))
+    assert found.plan.spans(2048)[0][0] >= 0.5 * 2048
+
+
+def test_layers_left_out_stay_full():
+    for candidate in (*search(influences(4), LIMITS, layers=[1, 3]), *rivals(influences(4), LIMITS, layers=[1, 3])):
         assert candidate.plan.rules()[0] == candidate.plan.rules()[2] == [Rule(0, 1)] * 2
         spans = candidate.plan.spans(512)
         assert np.mean([spans[1], spans[3]]) / 512 == pytest.approx(candidate.densities[512])
@@ -197,7 +238,7 @@ def test_killed_search_goes_on_to_the_same_front(tmp_path):
     file.write_text(file.read_text() + '{"choice": [[0')  # what a kill in the middle of writing leaves
     again = search(measured, LIMITS, save_to=file)
     assert [entry.plan for entry in again] == [entry.plan for entry in whole]
-    with pytest.raises(ValueError, match=r"limits was .* give --overwrite"):
+    with pytest.raises(ValueError, match=r"step was 128, now 64; give --overwrite"):
         search(measured, Limits(extend=(1024,), step=64, sink=32, block=32), save_to=file)
 
 
@@ -229,6 +270,8 @@ def test_bad_input():
         search(good | {256: good[256][..., :3]}, LIMITS)
     with pytest.raises(ValueError, match="not finite"):
         search(good | {256: good[256] / 0}, LIMITS)
+    with pytest.raises(ValueError, match="influence at length 256 has negative values"):
+        search(good | {256: -good[256]}, LIMITS)
     with pytest.raises(ValueError, match="length 1000 is not a multiple of the block of 32"):
         search(good, Limits(extend=(1000,), step=128, sink=32, block=32))
     with pytest.raises(ValueError, match="needs influence"):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moa.cli import app
 from moa.cli.spans.recipe import SpanRecipe, shipped
-from moa.spans import SpanPlan
+from moa.spans import SpanPlan, apply_spans
 
 RECIPE = """
 data: {source: "tasks:lines"}
@@ -20,6 +21,7 @@ validate_length: 256
 items: 2
 validate_items: 2
 max_new_tokens: 4
+signal: 0.0
 dtype: float32
 step: 32
 slopes: 5
@@ -58,6 +60,7 @@ def test_every_step_says_what_it_did_and_what_comes_next(done):
         assert f"next: moa spans {following}" in said[verb]
         assert f"--output {folder}" in said[verb]
     assert "2 of 96 tokens, 2 of 192 tokens" in said["calibrate"]
+    assert "192 all 0 of 2" in said["calibrate"]
     assert "length 192: 2 items, response loss" in said["profile"]
 
 
@@ -67,11 +70,21 @@ def test_plan_carries_its_evidence(done, tiny_base):
     assert plan.model == str(tiny_base)
     assert (plan.sink, plan.block) == (16, 16)
     for length in (96, 192, 320):
-        assert 0.45 - 1e-9 <= plan.kv_density(length) <= 0.5 + 1e-9
-    assert {"losses", "kv_density", "certified_gap", "validation", "versions", "limits", "seed"} <= plan.searched.keys()
+        assert 0.4 <= plan.kv_density(length) <= 0.5 + 1e-9
+    assert {"losses", "kv_density", "kind", "validation", "versions", "limits", "seed", "data"} <= plan.searched.keys()
+    assert plan.searched["data"]["192"]["source"] == "tasks:lines"
+    kinds = [SpanPlan.load(file).searched["kind"] for file in sorted((folder / "density-0.5").glob("plan-*.json"))]
+    assert kinds[-2:] == ["two classes", "uniform"]
+    assert set(kinds[:-2]) == {"searched"}
+    assert plan.searched["validation"]["kinds"] == kinds
     assert plan.searched["validation"]["length"] == 256
-    assert (folder / "report.html").read_text().startswith("<!doctype html>")
-    assert SpanRecipe.load(str(folder / "recipe.yaml")).lengths == [96, 192]
+    assert (folder / "density-0.5" / "report.html").read_text().startswith("<!doctype html>")
+    for step in (folder, folder / "influence", folder / "density-0.5"):
+        assert SpanRecipe.load(str(step / "recipe.yaml")).lengths == [96, 192]
+    other = LlamaForCausalLM(AutoConfig.from_pretrained(tiny_base))
+    other.config._name_or_path = "another"
+    with pytest.raises(ValueError, match="searched for the model"):
+        apply_spans(other, plan)
 
 
 def test_run_answers_under_the_plan_and_counts_bytes(done, recipe, tiny_base):
@@ -96,8 +109,49 @@ def test_finished_steps_are_not_done_again(done, recipe, tiny_base):
 def test_other_settings_need_overwrite(done, recipe, tiny_base, tmp_path):
     folder, _ = done
     given = ("--base", tiny_base, "--output", folder)
-    assert "density" in moa("spans", "search", recipe, *given, "--density", 0.6, code=2)
-    assert "items was 2, now it is 3" in moa("spans", "calibrate", recipe, *given, "--items", 3, code=2)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert "floor was 0.9, now 0.8" in moa("spans", "search", recipe, *given, "--floor", 0.8, code=2)
+    assert "items was 2, now 3" in moa("spans", "calibrate", recipe, *given, "--items", 3, code=2)
+    assert "name the file itself" in moa(
+        "spans", "run", recipe, *given, "--prompt", "a", "--plan", folder.parent, code=2
+    )
+    assert "need their far context" in moa("spans", "calibrate", recipe, *given, "--signal", 1.0, code=2)
+    assert "is the influence of" in moa("spans", "search", recipe, "--base", "embedded", *given[2:], code=2)
+    nothing = ("--lengths", "[64]", "--overwrite")  # even so: what is not there cannot take its place
+    for verb in ("profile", "search"):
+        moa("spans", verb, recipe, *given, *nothing, code=2)
+    moa("spans", "search", recipe, *given, "--density", 0.01, "--overwrite", code=2)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_refused_overwrite_leaves_the_old_files(done, recipe, tiny_base):
+    folder, _ = done
+    given = ("--base", tiny_base, "--output", folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    impossible = ("--floor", 1.0, "--rules_per_layer", 1, "--slopes", 2, "--step", 64, "--overwrite")
+    assert "no plan was found" in moa("spans", "search", recipe, *given, *impossible, code=2)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_one_profile_serves_many_densities(done, recipe, tiny_base, tmp_path):
+    folder, _ = done
+    given = ("--base", tiny_base, "--output", tmp_path, "--evidence", folder)
+    both = ("--density", 0.4, 0.6)
+    said = moa("spans", "search", recipe, *given, *both)
+    assert str(tmp_path / "density-0.4") in said
+    validated = moa("spans", "validate", recipe, *given, *both)
+    assert f"--evidence {folder} --density 0.4 --prompt ..." in validated
+    plans = {share: SpanPlan.load(tmp_path / f"density-{share}") for share in (0.4, 0.6)}
+    for share, plan in plans.items():
+        assert plan.searched["limits"]["density"] == share
+        assert plan.kv_density(192) <= share + 1e-9
+    with pytest.raises(FileNotFoundError, match="several densities"):
+        SpanPlan.load(tmp_path)
+    assert "name one with --density" in moa("spans", "run", recipe, *given, *both, "--prompt", "a", code=2)
+    assert "KV cache after" in moa("spans", "run", recipe, *given, "--density", 0.4, "--prompt", "a" * 200)
+    moa("spans", "search", recipe, *given, *both, "--floor", 0.5, "--overwrite")
+    assert SpanPlan.load(tmp_path / "density-0.4" / "plan-00.json").searched["limits"]["floor"] == 0.5
+    assert not list(tmp_path.glob("density-*/span_plan.json"))  # it was chosen from plans that are no more
 
 
 def test_mistakes_are_explained(recipe, tiny_base, tmp_path):
@@ -121,6 +175,6 @@ def test_help_names_every_key():
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_are_valid_and_say_what_they_do(name, tmp_path):
     loaded = SpanRecipe.load(name, {"output": str(tmp_path)})
-    loaded.save()
+    loaded.save(tmp_path)
     again = SpanRecipe(**yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
     assert again == loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from moa.report.spans import write_report
 from moa.spans import SpanPlan, apply_spans
-from moa.spans.evidence.items import Item, response_loss
+from moa.spans.evidence.items import Item, answers_kept, response_loss
 from moa.spans.evidence.validation import validate
 
 FIELDS = {"sink": 8, "block": 8, "model": "some/model"}
@@ -29,7 +30,7 @@ def test_lowest_loss_wins_and_is_recorded(tiny_llama, items):
         dense = sum(float(response_loss(model, item)) for item in items) / 3
         with apply_spans(model, PLANS[0]):
             first = sum(float(response_loss(model, item)) for item in items) / 3
-    assert found.dense == pytest.approx(dense)
+    assert found.dense.loss == pytest.approx(dense)
     assert found.losses[0] == pytest.approx(first)
     assert found.losses[3] == pytest.approx(dense)
     assert found.losses[0] != pytest.approx(dense)
@@ -38,8 +39,9 @@ def test_lowest_loss_wins_and_is_recorded(tiny_llama, items):
     assert (said["length"], said["items"], said["chosen"]) == (96, 3, found.chosen)
     assert said["losses_of_all"] == found.losses
     # The densest candidate is dense, and so is a uniform plan of its density.
-    assert said["uniform_loss"] == found.uniform == pytest.approx(dense)
-    assert validate(model, PLANS[:1], items, 96).uniform == pytest.approx(first)
+    assert said["uniform_loss"] == found.uniform.loss == pytest.approx(dense)
+    assert validate(model, PLANS[:1], items, 96).uniform.loss == pytest.approx(first)
+    assert [one.kv_density for one in found.measured] == [plan.kv_density(96) for plan in PLANS]
     assert "validation" not in PLANS[found.chosen].searched
 
 
@@ -49,6 +51,34 @@ def test_of_equal_losses_the_smaller_cache_wins(tiny_llama, items):
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     assert validate(model, PLANS[::-1], items, 96).chosen == 3
+
+
+def test_answers_are_counted_one_by_one(tiny_llama, items):
+    """Two answers in every item, the model's own first tokens; a short span changes some of them."""
+    model = tiny_llama(initializer_range=0.3).eval()
+    own = []
+    for item in items:
+        row = torch.tensor([item.tokens])
+        for place in (80, 81, 90, 91):
+            with torch.no_grad():
+                row[0, place] = model(row[:, :place]).logits[0, -1].argmax()
+        own.append(Item(tuple(row[0].tolist()), tuple(place in (80, 81, 90, 91) for place in range(96))))
+    found = validate(model, PLANS, own, 96)
+    assert found.dense.accuracy == found.measured[3].accuracy == 1.0
+    assert found.measured[0].accuracy in [n / 6 for n in range(6)]
+    assert found.plan.searched["validation"]["accuracies_of_all"] == [one.accuracy for one in found.measured]
+    assert answers_kept(own[0], torch.tensor([True, False, True, True])) == [False, True]
+
+
+def test_the_uniform_candidate_is_measured_once(tiny_llama, items, monkeypatch):
+    model, plans = tiny_llama().eval(), [copy.deepcopy(plan) for plan in PLANS[:2]]
+    plans[1].searched["kind"] = "uniform"
+    forwards = []
+    model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    found = validate(model, plans, items, 96)
+    assert found.uniform == found.measured[1]
+    assert len(forwards) == 3 * len(items)
+    assert found.plan.searched["validation"]["kinds"] == [None, "uniform"]
 
 
 def test_killed_run_goes_on(tiny_llama, items, tmp_path):
@@ -101,11 +131,12 @@ def test_report_page_shows_every_span_and_every_plan(tmp_path):
         plan.searched = {
             "losses": {"64": 1.0 + place, "128": 3.0 - place},
             "kv_density": {"64": 0.5},
-            "certified_gap": 0.01,
+            "kind": ("searched", "uniform")[place],
         }
     plans[1].model = "<b>evil</b>"
     measured = {"dense_loss": 1.5, "loss": 1.25, "chosen": 1, "losses_of_all": [2, 1.25]}
-    measured |= {"uniform_loss": 1.75, "uniform_kv_density": 0.5}
+    measured |= {"dense_accuracy": 1.0, "accuracy": 0.875, "accuracies_of_all": [0.625, 0.875]}
+    measured |= {"uniform_loss": 1.75, "uniform_accuracy": 0.5, "uniform_kv_density": 0.5}
     plans[1].searched["validation"] = {"length": 160, "items": 2, "kv_density": 0.5} | measured
     text = write_report(tmp_path / "report.html", plans[1], plans, 160).read_text()
     page = Page(text)
@@ -113,6 +144,7 @@ def test_report_page_shows_every_span_and_every_plan(tmp_path):
     assert text.count("80 tokens") == 6
     assert "<b>evil" not in text
     assert "1.2500 under the plan, 1.5000 dense" in text
+    assert "62.5%" in text
     alone = write_report(tmp_path / "alone.html", SpanPlan.dense(1, 1), length=64).read_text()
     assert "not validated" in alone
     assert "circle" not in Page(alone).tags

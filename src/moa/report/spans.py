@@ -1,4 +1,4 @@
-"""The page of a span plan: its picture, what it keeps, the front it was chosen from, and the evidence."""
+"""The page of a span plan: its picture, what it keeps, the plans it was chosen from, and the evidence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _picture(plan: SpanPlan, length: int) -> list[dict[str, Any]]:
 
 
 def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any]:
-    """The scatter of losses at the shortest and the longest profiled length, and the table of all."""
+    """The scatter of what plans drop at the shortest and the longest profiled length, and the table of all."""
     if not front:
         return {"points": [], "table": []}
     lengths = sorted(front[0].searched["losses"], key=int)
@@ -59,7 +59,6 @@ def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any]:
     losses = [[entry.searched["losses"][name] for name in lengths] for entry in front]
     x, y = [row[0] for row in losses], [row[-1] for row in losses]
     chosen = validation.get("chosen")
-    measured = validation.get("losses_of_all", [None] * len(front))
     return {
         "x": lengths[0],
         "y": lengths[-1],
@@ -81,13 +80,20 @@ def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any]:
         "table": [
             {
                 "name": f"{place:02}" + (" (chosen)" if place == chosen else ""),
-                "losses": [f"{loss:.6g}" for loss in row],
-                "gap": f"{entry.searched.get('certified_gap', float('nan')):.2%}",
-                "validation": "" if loss is None else f"{loss:.4f}",
+                "kind": entry.searched.get("kind", ""),
+                "losses": [f"{loss:.4g}" for loss in row],
+                "loss": _at(validation, "losses_of_all", place, "{:.4f}"),
+                "accuracy": _at(validation, "accuracies_of_all", place, "{:.1%}"),
+                "kv": _at(validation, "kv_densities_of_all", place, "{:.1%}"),
             }
-            for place, (entry, row, loss) in enumerate(zip(front, losses, measured, strict=True))
+            for place, (entry, row) in enumerate(zip(front, losses, strict=True))
         ],
     }
+
+
+def _at(validation: dict[str, Any], key: str, place: int, form: str) -> str:
+    values = validation.get(key)
+    return "" if values is None else form.format(values[place])
 
 
 def _share(value: float, among: Sequence[float]) -> float:
@@ -101,7 +107,8 @@ def _verdict(plan: SpanPlan) -> str:
         return "This plan was not validated: its choice rests on first-order influence at the profiled lengths alone."
     return (
         f"Validated on {found['items']} held-out texts of about {found['length']} tokens, which no step of the search "
-        f"had seen: response loss {found['loss']:.4f} under the plan, {found['dense_loss']:.4f} dense, with "
+        f"had seen: response loss {found['loss']:.4f} under the plan, {found['dense_loss']:.4f} dense; "
+        f"{found['accuracy']:.1%} of the answers stay the same ({found['dense_accuracy']:.1%} dense), with "
         f"{found['kv_density']:.1%} of the KV cache. One span for all heads, with {found['uniform_kv_density']:.1%} of "
-        f"the cache, has {found['uniform_loss']:.4f}."
+        f"the cache, has {found['uniform_loss']:.4f} and {found['uniform_accuracy']:.1%}."
     )

@@ -18,10 +18,10 @@ RULE_KEYS = {"alphas", "betas"}
 
 
 def find(path: Path) -> Path:
-    """The plan file that ``path`` means: itself, or the one a directory holds.
+    """The plan file that ``path`` means: itself, or the one a directory or output folder of `moa spans` holds.
 
     Raises:
-        FileNotFoundError: there is no such path, or its directory holds no plan.
+        FileNotFoundError: there is no such path, or its directory holds no plan or several.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such plan file or directory")
@@ -30,6 +30,11 @@ def find(path: Path) -> Path:
     for name in (OURS, PUBLISHED):
         if (path / name).is_file():
             return path / name
+    below = sorted(path.glob(f"density-*/{OURS}"))
+    if len(below) > 1:
+        raise FileNotFoundError(f"{path}: plans of several densities, name one of {[str(file) for file in below]}")
+    if below:
+        return below[0]
     raise FileNotFoundError(f"{path}: a directory without {OURS} or {PUBLISHED}; name the file itself")
 
 

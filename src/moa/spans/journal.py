@@ -1,7 +1,7 @@
 """A file of JSON lines that survives a kill: what makes the long steps resumable.
 
 The first line holds the settings that the entries depend on. Every entry is on disk before the next one is computed; a
-last line that a kill cut short is dropped when the file is opened again.
+last line that a kill cut short is dropped when the file is opened again. No entry, no file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Journal:
 
     Attributes:
         path: the file.
+        settings: what the entries depend on.
         entries: what is in it, in the order of writing.
 
     Raises:
@@ -29,34 +30,62 @@ class Journal:
         self.path = Path(path)
         self.entries: list[dict[str, Any]] = []
         # What JSON does to tuples and keys must not look like a difference.
-        wanted = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))
         lines = read_lines(self.path, torn=True) if self.path.exists() else []
         if len(lines) > 1:  # without entries there is nothing to lose, whatever the settings were
-            self._check(lines[0], wanted)
+            self._check(lines[0])
             self.entries = lines[1:]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text("".join(_line(entry) for entry in [{"settings": wanted}, *self.entries]), encoding="utf-8")
-        draft.replace(self.path)
+            self._write()
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Put one entry on disk."""
+        if not self.entries:
+            self._write()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(dict(entry))
 
-    def _check(self, first: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def _write(self) -> None:
+        """The file as it is known: it appears whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(self.path.name + ".part")
+        lines = [{"settings": self.settings}, *self.entries]
+        draft.write_text("".join(map(_line, lines)), encoding="utf-8")
+        draft.replace(self.path)
+
+    def _check(self, first: Mapping[str, Any]) -> None:
         found = first.get("settings")
         if not isinstance(found, dict):
             raise ValueError(f"{self.path} was not written by this step: its first line holds no settings")
-        for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                raise ValueError(
-                    f"{self.path} was made with another setting: {key} was {found.get(key)!r}, now it is "
-                    f"{wanted.get(key)!r}; give --overwrite to start this step over"
-                )
+        if (said := difference(found, self.settings)) is not None:
+            raise ValueError(
+                f"{self.path} was made with another setting: {said}; give --overwrite to start this step over"
+            )
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, as ``"density was 0.5, now 0.35"``, inside of sections too; None if all agree."""
+    for key in [*new, *(key for key in old if key not in new)]:
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            return difference(before, now)
+        return f"{key} was {_said(before)}, now {_said(now)}"
+    return None
+
+
+def _said(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value or "empty"
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that a journal was written under; empty if there is no such file."""
+    lines = read_lines(path, torn=True) if path.is_file() else []
+    found = lines[0].get("settings") if lines else None
+    return found if isinstance(found, dict) else {}
 
 
 def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from moa.spans import densities
 from moa.spans.convention import CONVENTIONS
 from moa.spans.plan import SpanPlan
 
+Position = TypeVar("Position", int, Tensor)
 HIDDEN = 1 << 40  # position of a key that nobody sees: later than every query
 
 
@@ -33,7 +35,7 @@ class Sight:
         """The sight of a plan's heads."""
         return cls(plan.sink, plan.block, CONVENTIONS[plan.convention].blockwise_prefill)
 
-    def oldest(self, position: Tensor, span: int) -> Tensor:
+    def oldest(self, position: Position, span: int) -> Position:
         """The first position of the window (the sink aside) of queries at ``position`` in a prefill."""
         window = max(span - self.sink, 0)
         if self.blockwise:

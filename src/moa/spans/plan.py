@@ -35,10 +35,12 @@ class SpanPlan:
         heads: "kv", or "query" for a published file.
         sink: first tokens every head always sees; a multiple of ``block``.
         block: granularity of spans in tokens.
-        model: id of the model it was searched for.
+        model: id of the model it was searched for; `apply_spans` refuses others.
         searched: the evidence: lengths, densities, losses, tool versions, validation. Plain JSON data.
         format_version: of the file.
         convention: "native", or "published" for the meaning of a published file.
+        embeddings: digest of the model's input embeddings (`moa.spans.identity.family`), by which it is known under any
+            name and with any adapter.
 
     Raises:
         ValueError: ragged, empty or non-finite rules (the message names layer and head), or unknown settings.
@@ -53,6 +55,7 @@ class SpanPlan:
     searched: dict[str, Any] = field(default_factory=dict)
     format_version: int = formats.VERSION
     convention: str = "native"
+    embeddings: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("heads", self.heads, tuple(HEADS))
@@ -65,8 +68,9 @@ class SpanPlan:
             raise ValueError(f"SpanPlan: sink={self.sink} must be a multiple of block={self.block}")
         if not isinstance(self.searched, dict):
             raise ValueError(f"SpanPlan: searched must be a dict, not {type(self.searched).__name__}")
-        if not isinstance(self.model, str | None):
-            raise ValueError(f"SpanPlan: model={self.model!r} must be a model id or None")
+        for name in ("model", "embeddings"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"SpanPlan: {name}={value!r} must be text or None")
         self.alphas, self.betas = self._table("alphas"), self._table("betas")
         if [len(row) for row in self.alphas] != [len(row) for row in self.betas]:
             raise ValueError(f"SpanPlan: alphas are {_shape(self.alphas)}, betas {_shape(self.betas)}; they must agree")

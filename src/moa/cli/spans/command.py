@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,21 +36,38 @@ class SpansCommand(TyperCommand):
         Console().print(f"Recipes that ship with moa: {', '.join(shipped())}", highlight=False)
 
 
-def begin(name: str, arguments: list[str], *, remove: Callable[[SpanRecipe], list[Path]] | None = None) -> SpanRecipe:
-    """The recipe with its flags, saved in its output folder; files of ``remove`` are deleted first.
+def begin(name: str, arguments: list[str]) -> SpanRecipe:
+    """The recipe with its flags. Nothing is written: a step that is refused leaves every file as it was.
 
     Raises:
-        ValueError: the recipe is wrong, or the output folder is a file.
+        ValueError: the recipe is wrong, or a folder that it names is a file.
     """
     from moa.cli.spans.recipe import SpanRecipe, overrides_of
 
     recipe = SpanRecipe.load(name, overrides_of(arguments))
-    if recipe.folder.is_file():
-        raise ValueError(f"output={recipe.output!r} is a file, not a folder")
-    for path in remove(recipe) if remove else []:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    recipe.save()
+    for key, folder in (("output", recipe.folder), ("evidence", recipe.profiled)):
+        if folder.is_file():
+            raise ValueError(f"{key}={str(folder)!r} is a file, not a folder")
     return recipe
+
+
+@contextmanager
+def replaced(paths: Iterable[Path], yes: bool) -> Iterator[None]:
+    """With ``yes``, files step aside for those of the step inside.
+
+    If that is refused before it has written a file in their place, they come back.
+    """
+    aside = {path: path.with_name(f".{path.name}.old") for path in paths if yes and path.exists()}
+    for path, old in aside.items():
+        path.replace(old)
+    try:
+        yield
+    finally:
+        for path, old in aside.items():
+            if path.exists():
+                old.unlink()
+            else:
+                old.replace(path)
 
 
 def load_model(recipe: SpanRecipe) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, tell
+from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
 
 
 def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False) -> None:
@@ -13,17 +13,22 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
     Needs one forward and backward per item and memory for a few N x N matrices of a single head. A run that was stopped
     goes on after its last finished item.
     """
-    settings = begin(
-        recipe,
-        context.args,
-        remove=lambda r: [r.influence_file(length) for length in r.lengths] if overwrite else [],
-    )
+    settings = begin(recipe, context.args)
     from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import influence
+    from moa.spans.journal import settings_of
+    from moa.spans.shape import ModelShape
 
     items = {length: load_items(settings.items_file, length) for length in sorted(settings.lengths)}
     model, _ = load_model(settings)
-    with bar("measuring influence") as progress:
+    windows = ModelShape.of(model).windows
+    about = {
+        "base": settings.base,
+        "data": settings_of(settings.items_file).get("source"),
+        "layers": [layer for layer, window in enumerate(windows) if window is None],
+    }
+    files = [settings.influence_file(length) for length in items]
+    with replaced(files, overwrite), bar("measuring influence") as progress:
         total = sum(map(len, items.values()))
         before = 0
         for length, own in items.items():
@@ -33,7 +38,8 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
             def notify(done: int, start: int = start) -> None:
                 progress(start + done, total)
 
-            found = influence(model, own, length, settings.block, save_to=path, progress=notify)
+            found = influence(model, own, length, settings.block, about=about, save_to=path, progress=notify)
             before += len(own)
             tell(f"length {length}: {found.items} items, response loss {found.loss:.4f} ({path})")
+    settings.save(settings.influence_file(0).parent)
     next_step("search", recipe, context.args)

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from moa.adapters.choices import nearest
-from moa.spans.evidence.influence import KINDS
+from moa.adapters.choices import check_range, nearest
 from moa.spans.evidence.sources import Source
 from moa.spans.search.plans import Limits
 from moa.training.knobs import Range, check, knob, knobs, numbers, parse
@@ -26,12 +25,15 @@ class Data:
 
     source: str = knob(
         "tasks:lines,needle,copying",
-        "tasks:NAME[,NAME] of lines, needle, copying; a .jsonl file; or owner/name[:configuration] on the hub",
+        "facts: (in the built-in text) or facts:FILE; tasks:NAME[,NAME] of lines, needle, copying; a .jsonl file; or "
+        "owner/name[:configuration] on the hub",
     )
     split: str = knob("train", "split of a hub data set")
     context: str = knob("context", "field with the long text")
     question: str = knob("question", "field with the question about it")
     ask: str | None = knob(None, "one question for all rows, instead of a field")
+    answer: str | None = knob(None, "field with the right answer, if there is one; it is only counted")
+    start: str = knob("", "how every answer begins; given to the model")
 
 
 @dataclass
@@ -40,6 +42,7 @@ class SpanRecipe:
 
     base: str = knob("embedded", "model: a folder, owner/name on the hub, or embedded (ships with moa)")
     output: str = knob("moa-spans", "folder for everything the steps write")
+    evidence: str | None = knob(None, "folder with calibration items and influence; default: output")
     dtype: str = knob(
         "auto",
         "of the model. auto: bfloat16 where the accelerator has it, else float32",
@@ -58,14 +61,17 @@ class SpanRecipe:
     items: int = knob(50, "calibration items per profiled length", within=Range(1))
     validate_items: int = knob(20, "held-out items of the longer length", within=Range(1))
     max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
+    signal: float = knob(0.5, "least share of items that must need their far context; 0: any", within=Range(0, 1))
 
-    influence: str = knob("signed", "what a dropped entry costs", choices=KINDS)
-    density: float = knob(0.5, "greatest mean share of the dense KV cache", within=Range(0, 1, open_low=True))
+    density: list[float] = field(
+        default_factory=lambda: [0.5],
+        metadata={"doc": "greatest mean share of the dense KV cache; several, and each gets plans of its own"},
+    )
     floor: float = knob(0.9, "least mean density, as a share of density", within=Range(0, 1))
     rules_per_layer: int = knob(2, "most distinct rules in a layer", within=Range(1, 3))
     step: int = knob(1024, "tokens between offsets of the rule grid", within=Range(1))
     slopes: int = knob(9, "slopes of the rule grid, evenly from 0 to 1", within=Range(2))
-    intervals: int = knob(4, "pieces of every loss's range; more make a finer front", within=Range(1))
+    intervals: int = knob(2, "pieces of every loss's range; more make a finer front", within=Range(1))
     sink: int = knob(64, "first tokens that every head keeps", within=Range(1))
     block: int = knob(64, "granularity of spans, tokens", within=Range(1))
     seconds: float = knob(60.0, "longest time for one goal before pricing takes over", within=Range(0, open_low=True))
@@ -77,6 +83,10 @@ class SpanRecipe:
         check(self.data, "data.")
         if not self.lengths:
             raise ValueError("lengths=[] names no length to profile")
+        if not self.density:
+            raise ValueError("density=[] names no share of the cache to keep")
+        for share in self.density:
+            check_range("density", share, low=0, high=1, open_low=True)
         for length in [*self.lengths, *self.extend]:
             if length < self.block or length % self.block:
                 raise ValueError(f"length {length} is not a multiple of block={self.block}")
@@ -113,54 +123,72 @@ class SpanRecipe:
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from None
 
-    def save(self) -> None:
-        """Write every key to the output folder, so that the run can be repeated."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def save(self, folder: Path) -> None:
+        """Write every key beside what a step has made, so that the step can be repeated."""
+        folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
     def source(self) -> Source:
-        data = self.data
-        return Source(data.source, data.split, data.context, data.question, data.ask, self.seed)
+        return Source(**dataclasses.asdict(self.data), seed=self.seed)
 
-    def limits(self) -> Limits:
+    def limits(self, density: float) -> Limits:
         names = [entry.name for entry in dataclasses.fields(Limits) if hasattr(self, entry.name)]
-        return Limits(**{name: getattr(self, name) for name in names} | {"extend": tuple(self.extend)})
+        own = {"extend": tuple(self.extend), "density": density}
+        return Limits(**{name: getattr(self, name) for name in names} | own)
 
     @property
     def folder(self) -> Path:
         return Path(self.output).expanduser()
 
     @property
+    def profiled(self) -> Path:
+        """Folder of items and influence, which plans of all densities share."""
+        return self.folder if self.evidence is None else Path(self.evidence).expanduser()
+
+    @property
     def items_file(self) -> Path:
-        return self.folder / "calibration.jsonl"
+        return self.profiled / "calibration.jsonl"
 
     @property
     def held_out_file(self) -> Path:
-        return self.folder / "held_out.jsonl"
+        return self.profiled / "held_out.jsonl"
 
     def influence_file(self, length: int) -> Path:
-        return self.folder / "influence" / f"length-{length}.safetensors"
+        return self.profiled / "influence" / f"length-{length}.safetensors"
+
+    def plans(self, density: float) -> PlanFolder:
+        return PlanFolder(self.folder / f"density-{density:g}")
+
+
+@dataclass(frozen=True)
+class PlanFolder:
+    """Where the plans of one density are."""
+
+    path: Path
 
     @property
     def search_file(self) -> Path:
-        return self.folder / "search.jsonl"
-
-    @property
-    def plans(self) -> Path:
-        return self.folder / "plans"
+        return self.path / "search.jsonl"
 
     @property
     def validation_file(self) -> Path:
-        return self.folder / "validation.jsonl"
+        return self.path / "validation.jsonl"
 
     @property
     def plan_file(self) -> Path:
-        return self.folder / "span_plan.json"
+        return self.path / "span_plan.json"
 
     @property
     def report_file(self) -> Path:
-        return self.folder / "report.html"
+        return self.path / "report.html"
+
+    def plan(self, place: int) -> Path:
+        return self.path / f"plan-{place:02}.json"
+
+    def front(self) -> list[Path]:
+        """Files of the plans that the search has found."""
+        return sorted(self.path.glob("plan-*.json"))
 
 
 def shipped() -> list[str]:
@@ -180,7 +208,21 @@ def _find(source: str) -> Path:
 
 
 def overrides_of(arguments: list[str]) -> dict[str, Any]:
-    """Flags of a command line that are keys of the recipe."""
+    """Flags of a command line that are keys of the recipe; several values after one flag are a list."""
     from moa.cli.train import flags
 
-    return dict(flags(arguments))
+    joined: list[str] = []
+    for flag, values in grouped(arguments):
+        joined += [flag, f"[{', '.join(values)}]"] if len(values) > 1 else [flag, *values]
+    return dict(flags(joined))
+
+
+def grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """Every flag with the values that follow it."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--") or not found:
+            found.append((argument, []))
+        else:
+            found[-1][1].append(argument)
+    return found

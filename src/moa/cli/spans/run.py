@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moa.cli.spans.command import Recipe, begin, load_model, tell
+
+if TYPE_CHECKING:
+    from moa.cli.spans.recipe import SpanRecipe
 
 
 def run(
@@ -31,9 +34,7 @@ def run(
     from moa.spans.runtime.application import apply_spans
 
     settings = begin(recipe, context.args)
-    file = plan or settings.plan_file
-    if not file.exists():
-        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+    file = plan or _plan_file(settings)
     chosen = SpanPlan.load(file)
     text = sys.stdin.read() if prompt is None else prompt
     model, tokenizer = load_model(settings)
@@ -45,12 +46,23 @@ def run(
     _tell_sizes(model, output.past_key_values, output.sequences.shape[1] - 1)  # the last token is in no cache yet
 
 
+def _plan_file(settings: SpanRecipe) -> Path:
+    if len(settings.density) > 1:
+        raise ValueError(f"density={settings.density}: an answer is given under one plan; name one with --density")
+    file = settings.plans(settings.density[0]).plan_file
+    if not file.exists():
+        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+    return file
+
+
 def _tokens(tokenizer: Any, text: str, plain: bool) -> list[int]:
+    from moa.spans.evidence.conversation import begun, token_ids
+
     if plain or not tokenizer.chat_template:
-        return list(tokenizer(text)["input_ids"])
+        return begun(tokenizer, text)
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return token_ids(tokenizer, rendered)
 
 
 def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any:
@@ -67,11 +79,15 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
 
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:
-    """Say what the cache holds, counted on its tensors, and what a dense one would after as many tokens."""
+    """Say what the cache holds and has room for, counted on its tensors, and what a dense one would hold."""
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.cache import cache_bytes
     from moa.spans.shape import ModelShape
 
     shape = ModelShape.of(model)
-    ours, dense = cache_bytes(cache), SpanPlan.dense(shape.layers, shape.kv_heads).kv_bytes(model, length)
-    tell(f"KV cache after {length} tokens: {ours:,} bytes under the plan, {dense:,} dense ({ours / dense:.1%})")
+    held, room = cache_bytes(cache, used=True), cache_bytes(cache)
+    dense = SpanPlan.dense(shape.layers, shape.kv_heads).kv_bytes(model, length)
+    tell(
+        f"KV cache after {length} tokens: {held:,} bytes under the plan, {dense:,} dense ({held / dense:.1%}); "
+        f"memory for {room:,}, as the text may go on"
+    )

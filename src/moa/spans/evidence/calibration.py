@@ -5,23 +5,57 @@ target, not a human's (Mixture of Attention spans, arXiv 2406.14909, section 5).
 is cut out *before* the model answers, so that every answer belongs to the very prompt it is measured on; the official
 code cuts afterwards.
 
+An item says how much its answers need the far context: its loss under a short window of `SHORT` of the length for all
+heads, less the dense one. Where that is nothing, the item's influence is noise, and a search would follow it.
+
 Contract: items are JSON lines, written one by one; a killed run goes on after the last whole line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
-from moa.spans.evidence.items import Item, identity
+from moa.spans.evidence.conversation import conversation, prompt_tokens, token_ids
+from moa.spans.evidence.items import Item, predicted
 from moa.spans.evidence.sources import Passage, Source
+from moa.spans.identity import identity
 from moa.spans.journal import Journal, read_lines
+from moa.spans.plan import SpanPlan
+from moa.spans.runtime.application import apply_spans
+from moa.spans.shape import ModelShape
 
 SHORTEST = 0.5  # of a length; shorter prompts say little about it
+SHORT = 8  # a short window is the length by this, the first tokens included
+FAR = 0.1  # nats per answer token that a short window must cost, or the far context was not needed
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What an item can tell a search.
+
+    Attributes:
+        loss: the dense model's response loss, nats per token.
+        far: by how much a short window for all heads raises it.
+        right: how many answers the dense model gave right; None where the right answer is not known.
+        asked: how many it was asked for.
+    """
+
+    loss: float
+    far: float
+    right: int | None
+    asked: int
+
+    @property
+    def carries(self) -> bool:
+        """Whether the answers need the far context."""
+        return self.far >= FAR
 
 
 def calibrate(
@@ -34,7 +68,7 @@ def calibrate(
     items: int = 50,
     max_new_tokens: int = 128,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[int, int]:
+) -> dict[int, list[Signal]]:
     """Answer long prompts and save them as items.
 
     Args:
@@ -48,7 +82,7 @@ def calibrate(
         progress: called with finished and all items, at the start and after every item.
 
     Returns:
-        How many items every length has; fewer than asked for when the source has no more texts that long.
+        What the items of every length can tell; fewer than asked for when the source has no more texts that long.
 
     Raises:
         ValueError: a length without any item, no room for a prompt, or a file that was made with another model or
@@ -57,23 +91,100 @@ def calibrate(
     for length in lengths:
         if length < 2 * max_new_tokens:
             raise ValueError(f"length {length} leaves less room for the prompt than for {max_new_tokens} new tokens")
-    made = {"source": vars(source), "items": items, "max_new_tokens": max_new_tokens, "lengths": sorted(lengths)}
+    made = {"source": asdict(source), "items": items, "max_new_tokens": max_new_tokens, "lengths": sorted(lengths)}
     journal = Journal(path, identity(model) | made)
     for length, held_out in lengths.items():
         last = max((entry["passage"] for entry in journal.entries if entry["length"] == length), default=-1)
-        passages = source.passages(length, items, lambda text: len(_ids(tokenizer, text)), held_out=held_out)
+        passages = source.passages(length, items, lambda text: len(token_ids(tokenizer, text)), held_out=held_out)
         for number, passage in enumerate(passages):
             if progress:
                 progress(len(journal.entries), items * len(lengths))
-            if _count(journal, length) == items:
+            if len(_signals(journal, length)) == items:
                 break
-            if number > last and (item := _answered(model, tokenizer, passage, length, max_new_tokens)) is not None:
-                journal.append({"length": length, "passage": number, **item.to_dict()})
-        if not _count(journal, length):
+            if number > last and (made_item := _item(model, tokenizer, passage, length, max_new_tokens)) is not None:
+                item, signal = made_item
+                journal.append({"length": length, "passage": number, **item.to_dict(), "signal": asdict(signal)})
+        if not _signals(journal, length):
             raise ValueError(
-                f"{source.name} has no text of at least {int(SHORTEST * length)} tokens for length {length}"
+                f"{source.source} has no text of at least {int(SHORTEST * length)} tokens for length {length}"
+                + (" that the model answers a question about" if source.source.startswith("facts:") else "")
             )
-    return {length: _count(journal, length) for length in lengths}
+    return {length: _signals(journal, length) for length in lengths}
+
+
+def check_signals(signals: Mapping[int, list[Signal]], least: float) -> None:
+    """Refuse items too few of which need the far context.
+
+    Args:
+        signals: of the items of every length.
+        least: share of a length's items that must need it; 0 accepts all.
+
+    Raises:
+        ValueError: fewer do; names the length and the numbers.
+    """
+    for length, own in signals.items():
+        carrying = sum(signal.carries for signal in own)
+        if carrying < least * len(own):
+            raise ValueError(
+                f"only {carrying} of {len(own)} items of {length} tokens need their far context (a window of "
+                f"{length // SHORT} tokens costs at least {FAR} nats per answer token), fewer than signal={least:g}: "
+                "what a search would follow is noise. Ask about facts far back in the text (data.source='facts:'), "
+                "or accept these items with signal=0"
+            )
+
+
+class _Answered(NamedTuple):
+    """An item, the dense model's loss on it, and how many answers are right where that is known."""
+
+    item: Item
+    loss: float
+    right: int | None
+
+
+def _item(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> tuple[Item, Signal] | None:
+    """An item and what it tells; None if the text is too short or too long, or no known answer is right."""
+    if len(passage.turns) > 1:
+        found = _known(model, tokenizer, passage, length)
+    else:
+        found = _own(model, tokenizer, passage, length, max_new_tokens)
+    if found is None:
+        return None
+    shape, block = ModelShape.of(model), max(length // (2 * SHORT), 1)
+    short = SpanPlan.uniform(shape.layers, shape.kv_heads, 1 / SHORT, sink=block, block=block)
+    with apply_spans(model, short):
+        far = float(predicted(model, found.item)[0].mean()) - found.loss
+    return found.item, Signal(found.loss, far, found.right, len(passage.turns))
+
+
+def _known(model: Any, tokenizer: Any, passage: Passage, length: int) -> _Answered | None:
+    """Several questions with known answers: those that the model gives right are its own greedy ones."""
+    tokens, answers = conversation(tokenizer, passage)
+    if not SHORTEST * length <= len(tokens) <= length:
+        return None
+    marked = {place for places in answers for place in places}
+    losses, hits = predicted(model, Item(tuple(tokens), tuple(place in marked for place in range(len(tokens)))))
+    loss_at = dict(zip(sorted(marked), losses.tolist(), strict=True))
+    hit_at = dict(zip(sorted(marked), hits.tolist(), strict=True))
+    right = [places for places in answers if all(hit_at[place] for place in places)]
+    kept = {place for places in right for place in places}
+    if not kept:
+        return None
+    item = Item(tuple(tokens), tuple(place in kept for place in range(len(tokens))))
+    return _Answered(item, fmean(loss_at[place] for place in kept), len(right))
+
+
+def _own(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> _Answered | None:
+    """One question, with the model's greedy answer."""
+    most = min(passage.answer_tokens or max_new_tokens, max_new_tokens)
+    prompt = prompt_tokens(tokenizer, passage, length - most)
+    if not SHORTEST * length <= len(prompt) <= length - most:
+        return None
+    answer = greedy(model, tokenizer, prompt, most)
+    known, right = passage.turns[0].answer, None
+    if known is not None:
+        right = int(tokenizer.decode(answer, skip_special_tokens=True).strip().startswith(known.strip()))
+    item = Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+    return _Answered(item, float(predicted(model, item)[0].mean()), right)
 
 
 def load_items(path: Path, length: int) -> list[Item]:
@@ -99,36 +210,6 @@ def load_items(path: Path, length: int) -> list[Item]:
     return found
 
 
-def prompt_tokens(tokenizer: Any, passage: Passage, room: int) -> list[int]:
-    """A prompt of at most ``room`` tokens; what is too long is cut out of the context's middle.
-
-    Raises:
-        ValueError: question and template alone need more.
-    """
-    prompt = _prompt(tokenizer, passage, passage.context)
-    if len(prompt) <= room or passage.plain:
-        return prompt
-    context = _ids(tokenizer, passage.context)
-    kept = room - len(_prompt(tokenizer, passage, ""))
-    while kept > 0:
-        head, tail = context[: kept - kept // 2], context[len(context) - kept // 2 :]
-        prompt = _prompt(tokenizer, passage, tokenizer.decode(head) + tokenizer.decode(tail))
-        if len(prompt) <= room:
-            return prompt
-        kept -= len(prompt) - room  # text cut in two places can take more tokens than before
-    raise ValueError(f"the question and its template leave no room for a text within {room} tokens")
-
-
-def _answered(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_tokens: int) -> Item | None:
-    """The passage with the model's answer; None if its prompt is too short or too long for the length."""
-    most = min(passage.answer_tokens or max_new_tokens, max_new_tokens)
-    prompt = prompt_tokens(tokenizer, passage, length - most)
-    if not SHORTEST * length <= len(prompt) <= length - most:
-        return None
-    answer = greedy(model, tokenizer, prompt, most)
-    return Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
-
-
 def greedy(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
     """The model's greedy continuation, its end-of-text token included."""
     own = getattr(model.generation_config, "eos_token_id", None)
@@ -148,19 +229,5 @@ def greedy(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -
     return output[0, len(prompt) :].tolist()
 
 
-def _prompt(tokenizer: Any, passage: Passage, context: str) -> list[int]:
-    if passage.plain:
-        return list(tokenizer(context)["input_ids"])
-    text = f"{context}\n\n{passage.question}"
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": text}]
-        return _ids(tokenizer, tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-    return list(tokenizer(f"{text}\n")["input_ids"])
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _count(journal: Journal, length: int) -> int:
-    return sum(entry["length"] == length for entry in journal.entries)
+def _signals(journal: Journal, length: int) -> list[Signal]:
+    return [Signal(**entry["signal"]) for entry in journal.entries if entry["length"] == length]

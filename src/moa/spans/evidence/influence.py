@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from moa.spans.evidence.items import Item, identity, response_loss
+from moa.spans.evidence.items import Item, log_odds, response_logits
 from moa.spans.evidence.probe import BlockSums, probing
+from moa.spans.identity import family, identity
 
-KINDS = ("absolute", "signed")
+KINDS = ("blocks", "absolute", "signed")
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"log-odds": log_odds, "cross-entropy": cross_entropy}
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Influence:
         block: tokens per block.
         items: how many items were summed.
         loss: their mean response loss in nats.
+        about: whose influence it is: ``embeddings`` of the model (`moa.spans.identity.family`), and what the caller of
+            `influence` said. Plain JSON data.
     """
 
     signed: Tensor
@@ -46,22 +51,31 @@ class Influence:
     block: int
     items: int = 0
     loss: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
 
-    def mean(self, kind: str = "signed") -> Tensor:
+    def mean(self, kind: str = "blocks") -> Tensor:
         """Mean over items, (layers, KV heads, blocks, blocks) float32.
 
+        Args:
+            kind: "blocks", what a search takes: the absolute value of a block's signed sum. Within a block what helps
+                and what hurts cancel, as they do when all of it goes; across blocks they do not, since a first-order
+                estimate of an answer that is right already has no reliable sign. "absolute" is the official code's
+                sum of absolute entries, "signed" the paper's plain sum; both are here to compare.
+
         Raises:
-            ValueError: ``kind`` is neither "absolute" nor "signed".
+            ValueError: another ``kind``.
         """
         if kind not in KINDS:
             raise ValueError(f"influence={kind!r} is not one of {list(KINDS)}")
+        if kind == "blocks":
+            return (self.signed / max(self.items, 1)).abs()
         return (self.signed if kind == "signed" else self.absolute) / max(self.items, 1)
 
     def save(self, path: Path, key: str = "") -> None:
         """Write a safetensors file; it appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
-        numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss")}
+        numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss", "about")}
         metadata = {"influence": json.dumps(numbers | {"key": key})}
         save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
         draft.replace(path)
@@ -83,6 +97,8 @@ def influence(
     length: int,
     block: int = 64,
     *,
+    loss: str = "log-odds",
+    about: Mapping[str, Any] | None = None,
     save_to: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Influence:
@@ -93,30 +109,37 @@ def influence(
         items: texts of at most ``length + 1`` tokens (the last is only predicted).
         length: tokens; the result has ``ceil(length / block)`` blocks a side.
         block: tokens per block.
+        loss: what an entry is worth by, "log-odds" (`moa.spans.evidence.items.log_odds`) or the official code's
+            "cross-entropy".
+        about: what to keep with the result, plain JSON data.
         save_to: a safetensors file, written after every item; if it exists, the run goes on from it.
         progress: called with the number of finished items, at the start and after every item.
 
     Raises:
-        ValueError: no items, an item that is too long, a loss that is not finite, layers without interface attention,
-            or a file of another run. Names item, layer or setting.
+        ValueError: no items, another ``loss``, an item that is too long, a loss that is not finite, layers without
+            interface attention, or a file of another run. Names item, layer or setting.
     """
     _check(items, length, block)
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r} is not one of {list(LOSSES)}")
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key = _key(model, items, length, block)
+    key = _key(model, items, length, block, loss)
     empty = BlockSums(layers, kv_heads, length, block)
-    total = Influence(empty.signed, empty.absolute, length, block)
+    said = {**(about or {}), "embeddings": family(model)}
+    total = Influence(empty.signed, empty.absolute, length, block, about=said)
     if save_to is not None and save_to.exists():
         total = _continued(save_to, key)
+        total.about = said
     for place in range(total.items, len(items)):
         if progress:
             progress(place)
         sums = BlockSums(layers, kv_heads, length, block)
-        loss = _measure(model, items[place], sums, place)
+        response_loss = _measure(model, items[place], sums, place, LOSSES[loss])
         total.signed += sums.signed
         total.absolute += sums.absolute
-        total.loss = (total.loss * place + loss) / (place + 1)
+        total.loss = (total.loss * place + response_loss) / (place + 1)
         total.items = place + 1
         if save_to is not None:
             total.save(save_to, key)
@@ -125,17 +148,19 @@ def influence(
     return total
 
 
-def _measure(model: Any, item: Item, sums: BlockSums, place: int) -> float:
+def _measure(model: Any, item: Item, sums: BlockSums, place: int, worth: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Add one item's influence to ``sums``; gives its response loss in nats."""
     with probing(model, sums), torch.enable_grad():
-        loss = response_loss(model, item)
+        logits, wanted = response_logits(model, item)
+        loss = cross_entropy(logits.detach(), wanted)
         if not torch.isfinite(loss):
             raise ValueError(f"item {place} has a loss of {loss.item()}: the model's numbers are not finite on it")
-        loss.backward()
+        worth(logits, wanted).backward()
     if missing := sorted(set(range(sums.signed.shape[0])) - sums.seen):
         raise ValueError(f"layers {missing} do not attend through transformers' attention interface")
     if not torch.isfinite(sums.absolute).all():
         raise ValueError(f"item {place} has an influence that is not finite; try float32")
-    return float(loss.detach())
+    return float(loss)
 
 
 def _check(items: Sequence[Item], length: int, block: int) -> None:
@@ -150,9 +175,9 @@ def _check(items: Sequence[Item], length: int, block: int) -> None:
             )
 
 
-def _key(model: Any, items: Sequence[Item], length: int, block: int) -> str:
+def _key(model: Any, items: Sequence[Item], length: int, block: int, loss: str) -> str:
     """What a saved run must have in common with this one."""
-    content = json.dumps([identity(model), length, block, [item.to_dict() for item in items]])
+    content = json.dumps([identity(model), length, block, loss, [item.to_dict() for item in items]])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -178,6 +203,7 @@ def _read(path: Path) -> tuple[Influence, str]:
                 int(numbers["block"]),
                 int(numbers["items"]),
                 float(numbers["loss"]),
+                dict(numbers["about"]),
             )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

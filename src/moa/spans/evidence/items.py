@@ -6,7 +6,6 @@ it. Influence is measured on this loss, and plans are compared by it.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 from collections.abc import Mapping
@@ -62,18 +61,25 @@ class Item:
         return cls(tuple(tokens), tuple(marks))
 
 
-def identity(model: Any) -> dict[str, str]:
-    """What tells one model from another, and a retrained one from its earlier self: name, dtype and some weights."""
-    sample = model.get_input_embeddings().weight[:1024].detach().float().cpu().numpy().tobytes()
-    return {
-        "model": str(model.config._name_or_path),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": hashlib.sha256(sample).hexdigest()[:16],
-    }
-
-
 def response_loss(model: Any, item: Item) -> Tensor:
-    """Mean cross-entropy over the response tokens of one item: a float32 scalar, differentiable.
+    """Mean cross-entropy over the response tokens of one item: a float32 scalar, differentiable."""
+    return cross_entropy(*response_logits(model, item))
+
+
+def log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean log-odds against the wanted tokens, ``log((1 - p) / p)`` in nats: a scalar, differentiable.
+
+    Its gradient is that of the cross-entropy over ``1 - p``. An answer that is certain moves the cross-entropy of its
+    tokens by nearly nothing, whatever is taken away to first order, so that the few uncertain tokens would decide alone
+    what far context is worth; log-odds count all of them alike.
+    """
+    own = logits.gather(-1, wanted[:, None])
+    others = logits.scatter(-1, wanted[:, None], float("-inf")).logsumexp(-1, keepdim=True)
+    return (others - own).mean()
+
+
+def response_logits(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+    """Float32 logits (tokens, vocabulary) that predict the response tokens, and these tokens.
 
     Only the logits that the loss needs are computed where the model's forward can choose them.
     """
@@ -83,4 +89,27 @@ def response_loss(model: Any, item: Item) -> Tensor:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits[0]
     else:
         logits = model(input_ids=ids, use_cache=False).logits[0, wanted]
-    return cross_entropy(logits.float(), ids[0, wanted + 1].to(logits.device))
+    return logits.float(), ids[0, wanted + 1].to(logits.device)
+
+
+@torch.no_grad()
+def predicted(model: Any, item: Item) -> tuple[Tensor, Tensor]:
+    """How the model does on every response token, read with those before it.
+
+    Returns:
+        Losses in nats (tokens,) float32, and whether the token is the most likely one (tokens,) bool; both on the CPU.
+    """
+    logits, wanted = response_logits(model, item)
+    return cross_entropy(logits, wanted, reduction="none").cpu(), (logits.argmax(-1) == wanted).cpu()
+
+
+def answers_kept(item: Item, hits: Tensor) -> list[bool]:
+    """For each answer, a run of response tokens, whether all of its tokens are hits.
+
+    Args:
+        item: the item.
+        hits: as `predicted` gives them.
+    """
+    ranges = [end - start for start, end in item.to_dict()["response"]]
+    ranges[0] -= item.response[0]  # the first token is never predicted
+    return [bool(part.all()) for part in hits.split(ranges) if len(part)]

@@ -5,24 +5,28 @@ changes the loss to first order by
 
     E[i, j] = -A[i, j] / (1 - A[i, j]) * (g[i, j] - sum_n g[i, n] A[i, n])        (arXiv 2406.14909, equation 3)
 
-Forward keeps queries, keys and values only. Backward computes the weights of one head again, in float32, so that no
-more than a few N x N matrices of a single head exist at a time; ``E`` is summed over blocks on the spot.
+Forward is torch's own where that can do it, and keeps queries, keys and values only. Backward computes the weights of
+one head again, in float32, so that no more than a few N x N matrices of a single head exist at a time; ``E`` is summed
+over blocks on the spot.
 
 Limits: one text per forward and no padding; self-attention only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer as Block
 
 NAME = "moa-influence"
 
@@ -44,16 +48,16 @@ class BlockSums:
         self.seen: set[int] = set()
 
     def add(self, layer: int, head: int, effect: Tensor) -> None:
-        """Add one query head's (N, N) influence to KV head ``head``; tokens past ``length`` are left out."""
+        """Add one query head's (N, N) influence, consumed, to KV head ``head``; tokens past ``length`` are left out."""
         effect = effect[: self.length, : self.length]
         self.signed[layer, head] += self._blocks(effect)
-        self.absolute[layer, head] += self._blocks(effect.abs())
+        self.absolute[layer, head] += self._blocks(effect.abs_())
         self.seen.add(layer)
 
     def _blocks(self, effect: Tensor) -> Tensor:
         count = self.signed.shape[-1]
         missing = count * self.block - effect.shape[0]
-        padded = pad(effect, (0, missing, 0, missing))
+        padded = pad(effect, (0, missing, 0, missing)) if missing else effect
         return padded.reshape(count, self.block, count, self.block).sum((1, 3)).cpu()
 
 
@@ -62,19 +66,30 @@ _sums: ContextVar[BlockSums | None] = ContextVar("influence sums", default=None)
 
 @contextmanager
 def probing(model: Any, sums: BlockSums) -> Iterator[None]:
-    """Inside, ``model`` attends through the probe and its backward fills ``sums``; no parameter gets a gradient."""
+    """Inside, ``model`` attends through the probe and its backward fills ``sums``; no parameter gets a gradient.
+
+    Blocks keep their inputs alone and are read once more on the way back: a text then needs little more memory than its
+    longest block does.
+    """
     before = model.config._attn_implementation
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training, token = model.training, _sums.set(sums)
     # Without a trainable parameter autograd would not start; the embedding's output is where it starts instead.
     start = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    blocks = [(block, vars(block).get("forward")) for block in model.modules() if isinstance(block, Block)]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
         model.set_attn_implementation(NAME)
+        for block, _ in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield
     finally:
+        for block, own in blocks:
+            vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own
         model.set_attn_implementation(before)
         model.train(was_training)
         for parameter in trainable:
@@ -108,44 +123,69 @@ def probe_attention(
             f"influence is measured on one whole text at a time by `moa.spans.evidence.influence`, "
             f"not on queries {tuple(query.shape)} over keys {tuple(key.shape)}"
         )
-    weights = _weights(query, attention_mask, options)
-    output = _Probe.apply(query, key, value, weights, sums, module.layer_idx)
+    head_of = _Head.of(query, attention_mask, options)
+    output = _Probe.apply(query, key, value, head_of, sums, module.layer_idx)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _weights(query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """A function of one head's (N, size) queries and keys and its number to its (N, N) float32 weights."""
-    length = query.shape[2]
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    softcap, sinks = options.get("softcap"), options.get("s_aux")
-    if mask is None:
-        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    else:
-        visible = mask[0, 0, :, :length]
+class _Head(NamedTuple):
+    """What a head's scores are made of, beside queries and keys.
 
-    def weights(q: Tensor, k: Tensor, head: int) -> Tensor:
-        scores = (q @ k.T * scaling).float()
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~visible, float("-inf")) if visible.dtype == torch.bool else scores + visible
-        if sinks is None:
-            return torch.softmax(scores, -1)
-        sink = sinks[head].float().expand(length, 1)
-        return torch.softmax(torch.cat([scores, sink], -1), -1)[:, :-1]
+    Attributes:
+        causal: whether every query sees itself and all before it.
+        visible: (N, N) bool, or numbers to add to the scores.
+        scaling: of the scores.
+        softcap: bound of the scores, None for none.
+        sinks: (query heads,) logits of a column that nobody attends to, None for none.
+    """
 
-    return weights
+    causal: bool
+    visible: Tensor
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> _Head:
+        length = query.shape[2]
+        if mask is None:
+            visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        else:
+            visible = mask[0, 0, :, :length]
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        return cls(mask is None, visible, scaling, options.get("softcap"), options.get("s_aux"))
+
+    def weights(self, q: Tensor, k: Tensor, head: int) -> tuple[Tensor, Tensor | None]:
+        """(N, N) float32 weights of one head's (N, size) queries and keys, and the slope of the soft cap, if any."""
+        scores, slope = (q @ k.T).float().mul_(self.scaling), None
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap)
+            slope = 1 - scores.square()
+            scores = scores * self.softcap
+        if self.visible.dtype == torch.bool:
+            scores.masked_fill_(~self.visible, float("-inf"))
+        else:
+            scores = scores + self.visible
+        if self.sinks is None:
+            return torch.softmax(scores, -1), slope
+        sink = self.sinks[head].float().expand(len(scores), 1)
+        return torch.softmax(torch.cat([scores, sink], -1), -1)[:, :-1], slope
 
 
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, weights: Callable[..., Tensor], sums: BlockSums, layer: int
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, head_of: _Head, sums: BlockSums, layer: int
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.weights, ctx.sums, ctx.layer = weights, sums, layer
+        ctx.head_of, ctx.sums, ctx.layer = head_of, sums, layer
         group = query.shape[1] // key.shape[1]
+        if head_of.softcap is None and head_of.sinks is None:
+            mask = None if head_of.causal else head_of.visible[None, None]
+            settings = {"is_causal": head_of.causal, "scale": head_of.scaling, "enable_gqa": group > 1}
+            return scaled_dot_product_attention(query, key, value, mask, **settings)
         heads = [
-            weights(query[0, head], key[0, head // group], head).to(value.dtype) @ value[0, head // group]
+            head_of.weights(query[0, head], key[0, head // group], head)[0].to(value.dtype) @ value[0, head // group]
             for head in range(query.shape[1])
         ]
         return torch.stack(heads)[None]
@@ -156,26 +196,37 @@ class _Probe(torch.autograd.Function):
         to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         group = query.shape[1] // key.shape[1]
         for head in range(query.shape[1]):
-            own = head // group
-            q, k, v = (x.detach().requires_grad_() for x in (query[0, head], key[0, own], value[0, own]))
-            with torch.enable_grad():
-                weights = ctx.weights(q, k, head)
-                output = weights.to(v.dtype) @ v
-            wanted = torch.autograd.grad(output, (weights, q, k, v), gradients[0][0, head])
-            ctx.sums.add(ctx.layer, own, _effect(weights.detach(), wanted[0]))
-            to_query[0, head] = wanted[1]
-            to_key[0, own] += wanted[2]
-            to_value[0, own] += wanted[3]
+            own, output = head // group, gradients[0][0, head]
+            q, k, v = query[0, head], key[0, own], value[0, own]
+            weights, slope = ctx.head_of.weights(q, k, head)
+            to_value[0, own] += weights.to(v.dtype).T @ output
+            to_scores, effect = _effect(weights, (output @ v.T).float())
+            ctx.sums.add(ctx.layer, own, effect)
+            if slope is not None:
+                to_scores *= slope
+            to_scores = (to_scores * ctx.head_of.scaling).to(q.dtype)
+            to_query[0, head] = to_scores @ k
+            to_key[0, own] += to_scores.T @ q
         return to_query, to_key, to_value, None, None, None
 
 
-def _effect(weights: Tensor, gradient: Tensor) -> Tensor:
-    """(N, N) first-order loss change of taking out each entry; consumes nothing, returns a new tensor."""
+def _effect(weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loss does, to first order, by a change of each score and by taking out each entry.
+
+    Args:
+        weights: (N, N) float32.
+        gradient: of the loss by the weights; consumed.
+
+    Returns:
+        dL/dscore and the effect of taking an entry out, both (N, N).
+    """
+    first = gradient[0].clone()
     kept = (weights * gradient).sum(-1, keepdim=True)
-    effect = -weights / (torch.finfo(weights.dtype).eps + 1 - weights) * (gradient - kept)
+    to_scores = gradient.sub_(kept).mul_(weights)
+    effect = to_scores / (weights - (1 + torch.finfo(weights.dtype).eps))
     # The first row's only entry is 1: there is nothing to renormalise onto, what is lost is its contribution.
-    effect[0] = -weights[0] * gradient[0]
-    return effect
+    effect[0] = -weights[0] * first
+    return to_scores, effect
 
 
 AttentionInterface.register(NAME, probe_attention)

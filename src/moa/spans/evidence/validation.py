@@ -1,9 +1,10 @@
-"""The last choice: which plan of the front answers best at a length that no search has seen.
+"""The last choice: which plan answers best at a length that no search has seen.
 
-Influence is a first-order estimate at the profiled lengths. Every candidate is therefore applied and its response loss
-measured on held-out items of a longer text; the lowest wins, and of equal ones the smaller cache.
+Influence is a first-order estimate at the profiled lengths. Every candidate, of whatever kind, is therefore applied and
+its response loss measured on held-out items of a longer text; the lowest wins, and of equal ones the smaller cache.
+How many answers stay the dense model's own is told beside it: the loss is steadier, the share says what it means.
 
-Contract: one loss per plan and item is on disk before the next is computed; a killed run goes on from there.
+Contract: one result per plan and item is on disk before the next is computed; a killed run goes on from there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +21,29 @@ from typing import Any
 
 import torch
 
-from moa.spans.evidence.items import Item, identity, response_loss
+from moa.spans.evidence.items import Item, answers_kept, predicted
+from moa.spans.identity import identity
 from moa.spans.journal import Journal
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime.application import apply_spans
 
 NAMES = {0: "dense", 1: "uniform"}  # what is measured before the candidates
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One plan on the held-out items.
+
+    Attributes:
+        loss: mean response loss, in nats.
+        accuracy: share of answers all of whose tokens are still the most likely ones.
+        kv_density: kept share of the KV cache.
+    """
+
+    loss: float
+    accuracy: float
+    kv_density: float
 
 
 @dataclass(frozen=True)
@@ -36,16 +53,21 @@ class Verdict:
     Attributes:
         plan: the chosen plan, with ``searched["validation"]``.
         chosen: its place among the candidates.
-        losses: mean response loss of every candidate, in nats.
-        dense: that of the model without a plan.
-        uniform: that of one span for all heads, at the density of the densest candidate.
+        measured: every candidate.
+        dense: the model without a plan.
+        uniform: one span for all heads; the candidate of that kind, else at the density of the densest candidate.
     """
 
     plan: SpanPlan
     chosen: int
-    losses: list[float]
-    dense: float
-    uniform: float
+    measured: list[Measured]
+    dense: Measured
+    uniform: Measured
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean response loss of every candidate, in nats."""
+        return [one.loss for one in self.measured]
 
 
 def validate(
@@ -72,23 +94,29 @@ def validate(
     """
     if not plans or not items:
         raise ValueError(f"validation needs plans and items; there are {len(plans)} plans and {len(items)} items")
-    baseline = _uniform(plans, length)
-    losses = _losses(model, [None, baseline, *plans], items, save_to, progress)
-    dense, uniform, *means = [fmean(row) for row in losses]
-    chosen = min(range(len(plans)), key=lambda place: (means[place], plans[place].kv_density(length)))
-    plan = copy.deepcopy(plans[chosen])
+    kinds = [plan.searched.get("kind") for plan in plans]
+    baseline = plans[kinds.index(UNIFORM)] if UNIFORM in kinds else _uniform(plans, length)
+    dense, uniform, *measured = _measured(model, [None, baseline, *plans], items, length, save_to, progress)
+    chosen = min(range(len(plans)), key=lambda place: (measured[place].loss, measured[place].kv_density))
+    plan, best = copy.deepcopy(plans[chosen]), measured[chosen]
     plan.searched["validation"] = {
         "length": length,
         "items": len(items),
-        "dense_loss": dense,
-        "loss": means[chosen],
-        "kv_density": plan.kv_density(length),
+        "dense_loss": dense.loss,
+        "dense_accuracy": dense.accuracy,
+        "loss": best.loss,
+        "accuracy": best.accuracy,
+        "kv_density": best.kv_density,
         "chosen": chosen,
-        "losses_of_all": means,
-        "uniform_loss": uniform,
-        "uniform_kv_density": baseline.kv_density(length),
+        "kinds": kinds,
+        "losses_of_all": [one.loss for one in measured],
+        "accuracies_of_all": [one.accuracy for one in measured],
+        "kv_densities_of_all": [one.kv_density for one in measured],
+        "uniform_loss": uniform.loss,
+        "uniform_accuracy": uniform.accuracy,
+        "uniform_kv_density": uniform.kv_density,
     }
-    return Verdict(plan, chosen, means, dense, uniform)
+    return Verdict(plan, chosen, measured, dense, uniform)
 
 
 def _uniform(plans: Sequence[SpanPlan], length: int) -> SpanPlan:
@@ -102,32 +130,51 @@ def _uniform(plans: Sequence[SpanPlan], length: int) -> SpanPlan:
     return SpanPlan.uniform(len(one.alphas), len(one.alphas[0]), max(densities), sink=one.sink, block=one.block)
 
 
-def _losses(
+def _measured(
     model: Any,
     plans: Sequence[SpanPlan | None],
     items: Sequence[Item],
+    length: int,
     save_to: Path | None,
     progress: Callable[[int, int], None] | None,
-) -> list[list[float]]:
-    """One row per plan (None: dense), one loss per item."""
+) -> list[Measured]:
+    """Every plan (None: dense) on all items. Plans of equal rules, and the same plan twice, are measured once."""
     journal = Journal(save_to, _settings(model, plans, items)) if save_to is not None else None
-    done = [float(entry["loss"]) for entry in journal.entries] if journal else []
+    done: list[dict[str, Any]] = list(journal.entries) if journal else []
     total = len(plans) * len(items)
     for place in range(len(done), total):
         if progress:
             progress(place, total)
-        plan, item = plans[place // len(items)], items[place % len(items)]
-        with torch.inference_mode(), apply_spans(model, plan) if plan is not None else nullcontext():
-            loss = float(response_loss(model, item))
-        name = NAMES.get(place // len(items), str(place // len(items) - len(NAMES)))
-        if not math.isfinite(loss):
-            raise ValueError(f"plan {name} has a loss of {loss} on item {place % len(items)}")
+        row, column = divmod(place, len(items))
+        first = next(number for number, plan in enumerate(plans) if plan is plans[row])
+        entry = {"plan": NAMES.get(row, str(row - len(NAMES))), "item": column}
+        if first < row:
+            entry = {**done[first * len(items) + column], **entry}
+        else:
+            entry |= _on_item(model, plans[row], items[column], entry)
         if journal:
-            journal.append({"plan": name, "item": place % len(items), "loss": loss})
-        done.append(loss)
+            journal.append(entry)
+        done.append(entry)
     if progress:
         progress(total, total)
-    return [done[start : start + len(items)] for start in range(0, total, len(items))]
+    rows = [done[start : start + len(items)] for start in range(0, total, len(items))]
+    return [
+        Measured(
+            fmean(float(entry["loss"]) for entry in row),
+            sum(entry["kept"] for entry in row) / sum(entry["answers"] for entry in row),
+            1.0 if plan is None else plan.kv_density(length),
+        )
+        for plan, row in zip(plans, rows, strict=True)
+    ]
+
+
+def _on_item(model: Any, plan: SpanPlan | None, item: Item, entry: dict[str, Any]) -> dict[str, Any]:
+    with torch.inference_mode(), apply_spans(model, plan) if plan is not None else nullcontext():
+        losses, hits = predicted(model, item)
+    if not losses.isfinite().all():
+        raise ValueError(f"plan {entry['plan']} has a loss of {float(losses.mean())} on item {entry['item']}")
+    kept = answers_kept(item, hits)
+    return {"loss": float(losses.mean()), "kept": sum(kept), "answers": len(kept)}
 
 
 def _settings(model: Any, plans: Sequence[SpanPlan | None], items: Sequence[Item]) -> dict[str, str]:

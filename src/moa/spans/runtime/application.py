@@ -7,6 +7,7 @@ host's (so that mixtures of adapters, which come in between, follow), a hook giv
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -14,18 +15,20 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, __version__
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMode
 
+from moa.spans.identity import family
 from moa.spans.layout import Sight
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime import attention
-from moa.spans.runtime.cache import SpanLayer, fit
+from moa.spans.runtime.cache import NOT_CROPPABLE, Handover, fit
 from moa.spans.runtime.kernels import HOSTS, host_function
 from moa.spans.runtime.schedule import Spans
 
 PREPARE = "_prepare_cache_for_generation"
 
 
-def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0) -> AppliedSpans:
+def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0, any_model: bool = False) -> AppliedSpans:
     """Let a model attend by a plan, until `AppliedSpans.remove` or the end of a ``with`` block.
 
     Inside, ``model(...)`` and ``model.generate(...)`` follow the plan: prefill and training by its masks, decoding from
@@ -38,17 +41,20 @@ def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0) -> Applied
         model: a transformers model, or a PEFT model around one.
         plan: for its layers and heads.
         length: tokens the texts will reach, if known; else ``generate`` says it (to its cache, so not with
-            ``use_cache=False``), or the text itself does. `moa.spans.runtime.schedule` has the rule.
+            ``use_cache=False``), or the text itself does. `moa.spans.runtime.schedule` has the rule. Several turns on
+            one cache need it: what an earlier turn has let go of does not come back when the text gets longer.
+        any_model: whether the plan may have been searched for another model of the same shape.
 
     Raises:
-        ValueError: the plan does not fit the model, a plan is applied already, or the model cannot work under one.
+        ValueError: the plan does not fit the model or was made for another one, a plan is applied already, or the model
+            cannot work under one.
         RuntimeError: this transformers is too old.
 
     Examples:
         >>> with moa.apply_spans(model, plan):  # doctest: +SKIP
         ...     model.generate(**inputs, max_new_tokens=100)
     """
-    return AppliedSpans(model, plan, length)
+    return AppliedSpans(model, plan, length, any_model)
 
 
 class AppliedSpans:
@@ -60,7 +66,7 @@ class AppliedSpans:
         length: the length it was told, 0 if none.
     """
 
-    def __init__(self, model: nn.Module, plan: SpanPlan, length: int = 0) -> None:
+    def __init__(self, model: nn.Module, plan: SpanPlan, length: int = 0, any_model: bool = False) -> None:
         if not hasattr(CacheLayerMixin, "get_max_length"):
             raise RuntimeError(f"attention spans need newer caches than transformers {__version__} has; 5.23 is tested")
         if length < 0:
@@ -68,10 +74,12 @@ class AppliedSpans:
         self.model = _host_model(model)
         self.decoder = self.model.get_decoder() or self.model
         self.length = length
-        self.updated: SpanLayer | None = None
+        self.handover = Handover()
         self.active = False
         self.spans = Spans(plan, self.decoder.config)
         self.sight = Sight.of(plan)
+        if not any_model:
+            _check_model(plan, self.model)
         modules = attention_modules(self.decoder, self.spans.shape.layers)
         self._check(modules)
         host = self.decoder.config._attn_implementation
@@ -116,9 +124,14 @@ class AppliedSpans:
                 config._attn_implementation_internal = new
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.updated = None
+        if module is not self.decoder:  # a copied model has the hook, but not the plan
+            return args, kwargs
+        if len(args) > 1:  # a cache may be among them
+            args, kwargs = (), {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        self._refuse_weights(kwargs.get("output_attentions"))
+        self.handover.layer = None
         cache = kwargs.get("past_key_values")
-        if torch.is_grad_enabled() or module is not self.decoder:  # a copied model has the hook, but not the plan
+        if torch.is_grad_enabled():
             return args, kwargs
         if cache is None:
             wanted = kwargs.get("use_cache")
@@ -128,11 +141,29 @@ class AppliedSpans:
             fit(cache, self)
         return args, kwargs
 
+    def _refuse_weights(self, wanted: bool | None) -> None:
+        if getattr(self.decoder.config, "output_attentions", False) if wanted is None else wanted:
+            raise ValueError(
+                "output_attentions=True: under a span plan no attention weights of a whole row exist; ask for them "
+                "without the plan, with attn_implementation='eager'"
+            )
+
     def _prepare(self, original: Any) -> Any:
-        def prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            result = original(model, generation_config, model_kwargs, *args, **kwargs)
-            if model is self.model and (cache := model_kwargs.get("past_key_values")) is not None:
-                fit(cache, self, generation_config.max_length)
+        def prepare(
+            model: Any,
+            generation_config: Any,
+            model_kwargs: dict[str, Any],
+            generation_mode: Any,
+            batch_size: int,
+            max_cache_length: int,
+        ) -> Any:
+            if model is not self.model:
+                return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            _refuse_assistants(generation_config, generation_mode)
+            result = original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            if (cache := model_kwargs.get("past_key_values")) is not None:
+                # The last token is in no cache. `max_length` would not count a prompt that is given as embeddings.
+                fit(cache, self, max_cache_length + 1)
             return result
 
         return prepare
@@ -191,6 +222,29 @@ def uses_interface(module: nn.Module) -> bool:
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return True
     return False
+
+
+def _check_model(plan: SpanPlan, model: PreTrainedModel) -> None:
+    """Whether a plan that knows its model is for this one: the same embeddings, or the same name."""
+    name = str(model.config._name_or_path)
+    known = plan.embeddings is not None and plan.embeddings == family(model)
+    if known or plan.model is None or _last(plan.model) == _last(name) or not (name or plan.embeddings):
+        return
+    raise ValueError(
+        f"this plan was searched for the model {plan.model!r}, this is {name or 'a model without a name'!r} and has "
+        "other embeddings; search a plan for it, or give any_model=True (in a file: remove its 'model') if they "
+        "are related"
+    )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _refuse_assistants(generation_config: Any, generation_mode: Any) -> None:
+    """Before the prompt is read: drafted tokens are taken back where they are wrong, which no ring can do."""
+    if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+        raise NotImplementedError(NOT_CROPPABLE)
 
 
 def _host_model(model: nn.Module) -> PreTrainedModel:

@@ -6,6 +6,7 @@ the host's, bit for bit. Every other layer hands out the new keys only; `moa.spa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,21 @@ from moa.spans.runtime.heads import groups, heads_of, views_of
 from moa.spans.runtime.ring import Count, Ring
 from moa.spans.runtime.schedule import Schedule, Spans
 
+NOT_CROPPABLE = (
+    "a cache under a span plan cannot be cropped, so assisted and speculative decoding cannot use it; decode without "
+    "an assistant, or without the plan"
+)
+
+
+class Handover(threading.local):
+    """What a cache tells the attention function that follows it, apart for every thread.
+
+    Attributes:
+        layer: the layer that took keys last; None once attention has taken it from here.
+    """
+
+    layer: SpanLayer | None = None
+
 
 class Owner(Protocol):
     """The application of a plan to a model, as far as a cache knows it.
@@ -27,14 +43,14 @@ class Owner(Protocol):
         active: whether the plan is applied.
         spans: the plan's, on the model's heads.
         length: the ``N`` that the application was told, 0 if none.
-        updated: the layer that took keys last; the attention function that follows takes it from here.
+        handover: from a layer that took keys to the attention function that follows.
     """
 
     active: bool
     spans: Spans
     sight: Sight
     length: int
-    updated: SpanLayer | None
+    handover: Handover
 
 
 class SpanLayer(CacheLayerMixin):
@@ -87,7 +103,7 @@ class SpanLayer(CacheLayerMixin):
         new = key_states.shape[-2]
         self.schedule.extend(self.columns + new, new)
         self._fit(key_states, value_states)
-        self.owner.updated = self
+        self.owner.handover.layer = self
         if self.rings:
             return key_states, value_states
         return self._append(key_states, value_states)
@@ -108,14 +124,19 @@ class SpanLayer(CacheLayerMixin):
         self.rings, self.padding = self._lay_out(parts, keys, values, sink), None
         if old_keys is None or old_values is None:
             return
-        places = positions(0, self.columns, padding, self.device)[1]
         for ring in self.rings:
             heads = list(ring.heads)
-            ring.store(old_keys[:, heads, : self.columns], old_values[:, heads, : self.columns], places, self.count)
+            keys, values = old_keys[:, heads, : self.columns], old_values[:, heads, : self.columns]
+            if isinstance(self.count, int):
+                ring.store_run(keys, values, 0, self.count)
+            else:
+                ring.store(keys, values, positions(0, self.columns, padding, self.device)[1], self.count)
 
     def _grow(self, spans: Sequence[int], keys: Tensor, values: Tensor, sink: int) -> None:
         """Into longer rings; heads that had the same span may part."""
         sources = [(heads, span, ring) for ring in self.rings for heads, span in groups(spans, ring.heads).items()]
+        if self.columns > min(ring.span for ring in self.rings):
+            self.schedule.warn_once(self.columns)
         self.rings = self._lay_out({heads: span for heads, span, _ in sources}, keys, values, sink)
         for ring, (_, _, source) in zip(self.rings, sources, strict=True):
             ring.take_over(source, self.count)
@@ -155,13 +176,21 @@ class SpanLayer(CacheLayerMixin):
         before, self.count = self.count, self.count + (new if tokens is None else tokens.sum(1))
         if not self.rings:
             self._note_padding(new, tokens)
-        elif new == 1 and isinstance(before, int) and tokens is None and self._alike():
+        elif isinstance(before, int) and isinstance(self.count, int) and self._alike():
             for ring in self.rings:
-                ring.put(heads_of(keys, ring.heads), heads_of(values, ring.heads), before)
+                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
+                if new == 1:
+                    ring.put(*mine, before)
+                else:
+                    ring.store_run(*mine, before, self.count)
         else:
             places = positions(before, new, tokens, self.device)[1]
             for ring in self.rings:
-                ring.store(heads_of(keys, ring.heads), heads_of(values, ring.heads), places, self.count)
+                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
+                if new == 1:
+                    ring.store_one(*mine, places.expand(keys.shape[0], -1))
+                else:
+                    ring.store(*mine, places, self.count)
         self.columns += new
 
     def _alike(self) -> bool:
@@ -174,6 +203,18 @@ class SpanLayer(CacheLayerMixin):
         blank = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         before = blank.expand(rows, self.columns) if self.padding is None else self.padding
         self.padding = torch.cat([before, blank.expand(rows, new) if tokens is None else tokens], 1)
+
+    def used_bytes(self) -> int:
+        """Bytes of the keys and values that are held by now, without slots that wait for tokens to come."""
+        if self.keys is None or self.values is None:
+            return 0
+        rows = self.keys.shape[0]
+        if not self.rings:
+            used = rows * self.keys.shape[1] * self.columns
+        else:
+            filled = [(len(ring.heads), ring.filled(self.count)) for ring in self.rings]
+            used = sum(heads * (int(n.sum()) if isinstance(n, Tensor) else rows * n) for heads, n in filled)
+        return used * sum(buffer.shape[-1] * buffer.dtype.itemsize for buffer in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are made for the whole text, padding included."""
@@ -220,10 +261,7 @@ class SpanLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what a ring has overwritten cannot come back."""
-        raise NotImplementedError(
-            "a cache under a span plan cannot be cropped, so assisted and speculative decoding cannot use it; "
-            "decode without an assistant, or without the plan"
-        )
+        raise NotImplementedError(NOT_CROPPABLE)
 
 
 def fit(cache: Cache, owner: Owner, length: int = 0) -> None:
@@ -263,10 +301,23 @@ def fit(cache: Cache, owner: Owner, length: int = 0) -> None:
     ]
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that a cache holds, under a plan or not."""
+def cache_bytes(cache: Cache, *, used: bool = False) -> int:
+    """Bytes of keys and values that a cache has memory for, under a plan or not.
+
+    Args:
+        cache: of one model.
+        used: count the tokens that are held, not the slots that a plan's cache keeps for those to come.
+    """
+    if used:
+        return sum(_used(layer) for layer in cache.layers)
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _used(layer: Any) -> int:
+    if isinstance(layer, SpanLayer):
+        return layer.used_bytes()
+    return sum(tensor.nbytes for tensor in (layer.keys, layer.values) if tensor is not None)
 
 
 def _longer(buffer: Tensor | None, like: Tensor, used: int, slots: int) -> Tensor:

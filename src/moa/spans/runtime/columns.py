@@ -2,13 +2,17 @@
 
 Keys are *columns* with positions, in the text's order: what a ring still holds, then the new tokens. Queries are the
 last columns. They are worked off in chunks, each of which reads the sink and its own window and nothing else.
+
+Without padding, where every column is follows from three numbers (`Run`), and nothing is asked of the accelerator; the
+chunks of a window look alike, so that their mask is made once for all layers of a forward. With padding, positions are
+tensors (`Places`), and what a chunk needs has to be looked up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +21,13 @@ from moa.spans.layout import HIDDEN, Sight
 
 
 class Kernel(Protocol):
-    """Attention of some heads."""
+    """Attention of some heads.
+
+    Attributes:
+        dtype: of its queries.
+    """
+
+    dtype: torch.dtype
 
     def prepare(self, mask: Tensor, shared: int) -> Tensor:
         """What `__call__` wants for a mask.
@@ -42,6 +52,119 @@ class Kernel(Protocol):
 
 
 SMALLEST, LARGEST = 128, 512  # queries of a chunk: a sixteenth of the span within these
+Masks = dict[tuple[object, ...], Tensor]  # prepared masks of chunks that look alike, kept for one forward
+
+
+class Chunk(NamedTuple):
+    """Some queries, and the keys that they may see.
+
+    Attributes:
+        queries: of the new columns.
+        seen: columns, at most two runs of them.
+        alike: chunks of one span with the same value have the same mask; None if that is not known.
+    """
+
+    queries: slice
+    seen: list[slice]
+    alike: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Columns of a text without padding: the first tokens, a gap, and the latest ones, the new ones among them.
+
+    Attributes:
+        first: tokens from the beginning on that are columns.
+        start: position of the column after these; ``first`` if there is no gap.
+        count: tokens before the new ones.
+        new: new tokens.
+        device: of the keys.
+    """
+
+    first: int
+    start: int
+    count: int
+    new: int
+    device: torch.device
+
+    @property
+    def whole(self) -> bool:
+        """Whether the new tokens are all there is."""
+        return self.count == 0
+
+    def chunks(self, begin: int, size: int, span: int, sight: Sight) -> Iterator[Chunk]:
+        """Chunks of ``size`` queries from the new column ``begin`` on."""
+        sinks = self._column(min(sight.sink, self.count + self.new))
+        for first in range(begin, self.new, size):
+            end = min(first + size, self.new)
+            lead = self.count + first
+            oldest = max(sight.oldest(lead, span), 0)
+            window, stop = self._column(oldest), self._column(self.count + end - 1) + 1
+            if sinks > window:
+                yield Chunk(slice(first, end), [slice(0, stop)], None)
+                continue
+            lag, phase = lead - max(oldest, self.start), lead % sight.block if sight.blockwise else 0
+            alike = (end - first, sinks, stop - window, lag, phase) if lead >= sight.sink else None
+            yield Chunk(slice(first, end), [slice(0, sinks), slice(window, stop)], alike)
+
+    def _column(self, position: int) -> int:
+        """The first column at ``position`` or later."""
+        return position if position < self.first else self.first + max(position - self.start, 0)
+
+    def queries(self, part: slice) -> Tensor:
+        """Positions of new tokens, ``(1, n)``."""
+        return torch.arange(self.count + part.start, self.count + part.stop, device=self.device)[None]
+
+    def keys(self, seen: list[slice]) -> Tensor:
+        """Positions of columns, ``(1, n)``."""
+        shift = self.start - self.first
+        columns = torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in seen])
+        return torch.where(columns < self.first, columns, columns + shift)[None]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Columns with a position each.
+
+    Attributes:
+        at: of the queries, ``(1 or batch, q)``.
+        columns: of the keys, ``(1 or batch, k)``, `HIDDEN` for padding.
+    """
+
+    at: Tensor
+    columns: Tensor
+
+    @property
+    def new(self) -> int:
+        return self.at.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Never taken for granted: padding may be among the columns."""
+        return False
+
+    def chunks(self, begin: int, size: int, span: int, sight: Sight) -> Iterator[Chunk]:
+        """Chunks of ``size`` queries from the new column ``begin`` on."""
+        old = self.columns.shape[1] - self.new
+        sinks = _sink_columns(self.columns, sight.sink)
+        for first in range(begin, self.new, size):
+            end = min(first + size, self.new)
+            queries = self.at[:, first:end]
+            oldest = torch.where(queries < 0, HIDDEN, sight.oldest(queries, span)).amin(1, keepdim=True)
+            past = self.columns[:, : old + end]
+            needed = ((past >= oldest) & (past < HIDDEN)).any(0)
+            window = slice(int(needed.int().argmax()) if needed.any() else old + first, old + end)
+            apart = sinks.stop <= window.start
+            seen = [sinks, window] if apart else [slice(min(sinks.start, window.start), window.stop)]
+            yield Chunk(slice(first, end), seen, None)
+
+    def queries(self, part: slice) -> Tensor:
+        """Positions of new columns."""
+        return self.at[:, part]
+
+    def keys(self, seen: list[slice]) -> Tensor:
+        """Positions of columns."""
+        return _take(self.columns, seen)
 
 
 def attend(
@@ -49,10 +172,10 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    at: Tensor,
-    columns: Tensor,
+    text: Run | Places,
     span: int,
     sight: Sight,
+    masks: Masks | None = None,
 ) -> Tensor:
     """Attention of the last columns' queries under one span.
 
@@ -61,56 +184,29 @@ def attend(
         query: ``(batch, query heads, q, head_dim)``.
         key: ``(batch, KV heads, k, head_dim)``, ``k >= q``.
         value: likewise.
-        at: positions of the queries, ``(1 or batch, q)``.
-        columns: positions of the keys, ``(1 or batch, k)``, `HIDDEN` for padding.
+        text: where the columns are.
         span: tokens, sink included.
         sight: what is seen.
+        masks: of this forward; what is missing is added.
     """
-    new, old = query.shape[2], key.shape[2] - query.shape[2]
+    masks = {} if masks is None else masks
+    shared = query.shape[1] // key.shape[1]
     parts, start = [], 0
-    if old == 0 and at is columns:  # no padding, no past: the first rows see everything before them
-        start = min(span, new)
+    if text.whole:  # the first rows see everything before them
+        start = min(span, text.new)
         parts.append(kernel(query[:, :, :start], key[:, :, :start], value[:, :, :start], None, causal=True))
-    prepare = partial(kernel.prepare, shared=query.shape[1] // key.shape[1])
-    for first, end, seen, mask in _chunks(prepare, at, columns, start, old, span, sight):
-        parts.append(kernel(query[:, :, first:end], _take(key, seen), _take(value, seen), mask))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _chunks(
-    prepare: Callable[[Tensor], Tensor], at: Tensor, columns: Tensor, start: int, old: int, span: int, sight: Sight
-) -> Iterator[tuple[int, int, list[slice], Tensor]]:
-    """Queries ``first:end``, the columns they need, and the prepared mask between them."""
     size = min(max(span // 16, SMALLEST), LARGEST)
-    sinks = _sink_columns(columns, sight.sink)
-    masks: dict[tuple[int, ...], Tensor] = {}
-    for first in range(start, at.shape[1], size):
-        end = min(first + size, at.shape[1])
-        queries = at[:, first:end]
-        oldest = torch.where(queries < 0, HIDDEN, sight.oldest(queries, span)).amin(1, keepdim=True)
-        past = columns[:, : old + end]
-        needed = ((past >= oldest) & (past < HIDDEN)).any(0)
-        window = slice(int(needed.int().argmax()) if needed.any() else old + first, old + end)
-        apart = sinks.stop <= window.start
-        seen = [sinks, window] if apart else [slice(min(sinks.start, window.start), window.stop)]
-        keys = _take(columns, seen)
-        # Without padding in between, chunks past the sink look alike but for where they are.
-        lead = int(queries[0, 0])
-        alike = len(columns) == 1 and apart and lead >= sight.sink
-        alike = alike and _gapless(queries) and _gapless(columns[:, window])
-        phase = lead % sight.block if sight.blockwise else 0
-        place = (end - first, keys.shape[-1], lead - int(columns[0, window.start]), phase)
-        mask = masks.get(place) if alike else None
+    for chunk in text.chunks(start, size, span, sight):
+        kind = None if chunk.alike is None else (query.device, kernel.dtype, span, shared, *chunk.alike)
+        mask = masks.get(kind) if kind is not None else None
         if mask is None:
-            mask = prepare(sight.visible(queries, keys, span)[:, None])
-            if alike:
-                masks = {place: mask}
-        yield first, end, seen, mask
-
-
-def _gapless(places: Tensor) -> bool:
-    """Whether positions ``(1, n)`` of a text have no padding among them."""
-    return int(places[0, -1] - places[0, 0]) == places.shape[1] - 1
+            seen = sight.visible(text.queries(chunk.queries), text.keys(chunk.seen), span)
+            mask = kernel.prepare(seen[:, None], shared)
+            if kind is not None:
+                masks[kind] = mask
+        rows = query[:, :, chunk.queries]
+        parts.append(kernel(rows, _take(key, chunk.seen), _take(value, chunk.seen), mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _sink_columns(columns: Tensor, sink: int) -> slice:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from moa.spans.runtime.columns import Kernel
 
 HOSTS = ("sdpa", "eager")
+UNFUSED = ("softcap", "position_bias", "s_aux")  # what torch's fused attention cannot do
 
 
 def host_function(module: nn.Module, host: str) -> Any:
@@ -37,7 +38,7 @@ def kernel(
         ValueError: the module asks for something that torch's fused attention cannot do.
     """
     if host == "sdpa":
-        for name in ("softcap", "position_bias", "s_aux"):
+        for name in UNFUSED:
             if rest.get(name) is not None:
                 raise ValueError(
                     f"{type(module).__name__} has {name}: a span plan needs attn_implementation='eager' for it"

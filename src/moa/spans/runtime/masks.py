@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 
+from moa.spans.runtime.columns import Masks
+
 
 class TextMask:
     """Causal attention of a text.
@@ -26,6 +28,7 @@ class TextMask:
         self.tokens = None if tokens is None or bool(tokens.all()) else tokens
         self._host = host
         self._latest: dict[int, Tensor | None] = {}
+        self.prepared: Masks = {}  # of the forward that this is made for
 
     @cached_property
     def dense(self) -> Any:

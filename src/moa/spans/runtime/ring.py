@@ -50,6 +50,46 @@ class Ring:
         self.keys[:, :, slot : slot + 1] = keys
         self.values[:, :, slot : slot + 1] = values
 
+    def store_run(self, keys: Tensor, values: Tensor, start: int, end: int) -> None:
+        """`store` of neighbouring tokens of rows that are alike: two copies at most, and no question to the device.
+
+        Args:
+            keys: ``(batch, heads, n, head_dim)``, the first at position ``start``.
+            values: likewise.
+            start: position of the first.
+            end: tokens of the text, these included.
+        """
+        assert isinstance(self.base, int)
+        self._copy(keys, values, start, start, min(start + keys.shape[2], self.sink), start)
+        first = max(end - self.slots, self.base, start)
+        last = min(start + keys.shape[2], end)
+        while first < last and self.slots:
+            slot = self.sink + (first - self.base) % self.slots
+            until = min(last, first + self.span - slot)
+            self._copy(keys, values, start, first, until, slot)
+            first = until
+
+    def _copy(self, keys: Tensor, values: Tensor, start: int, first: int, last: int, slot: int) -> None:
+        """Tokens at positions ``first:last``, of those from ``start`` on, into the slots from ``slot`` on."""
+        if first < last:
+            part, slots = slice(first - start, last - start), slice(slot, slot + last - first)
+            self.keys[:, :, slots] = keys[:, :, part]
+            self.values[:, :, slots] = values[:, :, part]
+
+    def store_one(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Store the latest token of every row, without a question to the device.
+
+        Args:
+            keys: ``(batch, heads, 1, head_dim)``.
+            values: likewise.
+            positions: ``(batch, 1)``, `HIDDEN` for rows that have none: what they hold stays.
+        """
+        turn = self.sink + (positions - self._column(self.base)) % max(self.slots, 1)
+        slot = torch.where(positions < self.sink, positions, turn)[:, 0]
+        row, token = torch.arange(len(slot), device=slot.device), (positions < HIDDEN)[:, :, None]
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer[row, :, slot] = torch.where(token, new[:, :, 0], buffer[row, :, slot])
+
     def store(self, keys: Tensor, values: Tensor, positions: Tensor, end: Count) -> None:
         """Store the tokens that a text of ``end`` tokens still sees, others are dropped.
 
@@ -96,6 +136,22 @@ class Ring:
         slots = torch.cat([first, self.sink + (later - base) % max(self.slots, 1)], 1)
         return torch.where(found, slots, 0), torch.where(found, positions, HIDDEN)
 
+    def held(self, count: int) -> tuple[int, int]:
+        """Of rows that are alike after ``count`` tokens: how many of the first are held, and the oldest later one."""
+        assert isinstance(self.base, int)
+        return min(count, self.sink), count - min(max(count - self.base, 0), self.slots)
+
+    def read(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(batch, heads, n, head_dim)`` of rows that are alike, in the text's order."""
+        assert isinstance(self.base, int)
+        first, start = self.held(count)
+        turn = (start - self.base) % max(self.slots, 1)
+        kept = self.sink + count - start
+        parts = [slice(0, first), slice(self.sink + turn, kept), slice(self.sink, min(self.sink + turn, kept))]
+        return torch.cat([self.keys[:, :, part] for part in parts], 2), torch.cat(
+            [self.values[:, :, part] for part in parts], 2
+        )
+
     def history(self, count: Count) -> tuple[Tensor, Tensor, Tensor]:
         """What is held after ``count`` tokens, in the text's order.
 
@@ -110,10 +166,17 @@ class Ring:
 
     def take_over(self, other: Ring, count: Count) -> None:
         """Everything that ``other``, a shorter ring of these heads and maybe more, holds after ``count`` tokens."""
-        keys, values, positions = other.history(count)
-        base = count - (other.filled(count) - other.sink)
-        self.base = max(base, self.sink) if isinstance(base, int) else base.clamp(min=self.sink)
         mine = [other.heads.index(head) for head in self.heads]
+        base = count - (other.filled(count) - other.sink)
+        if isinstance(base, int) and isinstance(count, int):
+            self.base = max(base, self.sink)
+            first, start = other.held(count)
+            keys, values = (part[:, mine] for part in other.read(count))
+            self.store_run(keys[:, :, :first], values[:, :, :first], 0, count)
+            self.store_run(keys[:, :, first:], values[:, :, first:], start, count)
+            return
+        keys, values, positions = other.history(count)
+        self.base = torch.as_tensor(base, device=keys.device).clamp(min=self.sink)
         self.store(keys[:, mine], values[:, mine], positions, count)
 
     def _column(self, count: Count) -> Tensor:

@@ -8,7 +8,7 @@ it: to the new length at a prefill, in steps of four blocks while decoding.
 
 from __future__ import annotations
 
-import functools
+import logging
 from typing import Any
 
 from moa.spans.convention import CONVENTIONS
@@ -17,6 +17,8 @@ from moa.spans.shape import ModelShape
 
 STEP = 4  # blocks
 
+log = logging.getLogger(__name__)
+
 
 class Spans:
     """A plan's spans on the KV heads of one model, by length."""
@@ -24,13 +26,17 @@ class Spans:
     def __init__(self, plan: SpanPlan, config: Any) -> None:
         plan.for_model(config)  # raises if the plan is for another model
         self.plan, self.config, self.shape = plan, config, ModelShape.of(config)
-        self.at = functools.lru_cache(maxsize=8)(self._at)
+        self._known: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spans:
         return self  # a copied cache still follows the same plan
 
-    def _at(self, length: int) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(row) for row in self.plan.for_model(self.config, length).spans(length))
+    def at(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Layers x KV heads: spans of a text of ``length`` tokens."""
+        if length not in self._known:
+            rows = self.plan.for_model(self.config, length).spans(length)
+            self._known[length] = tuple(tuple(row) for row in rows)
+        return self._known[length]
 
     def reach(self, length: int, text: int, new: int) -> int:
         """``N`` after ``new`` tokens made the text ``text`` tokens long, when it was ``length`` before."""
@@ -52,6 +58,7 @@ class Schedule:
 
     def __init__(self, spans: Spans, length: int = 0) -> None:
         self.spans, self.length = spans, length
+        self._warned = False
 
     def extend(self, text: int, new: int) -> None:
         """``new`` tokens make the text ``text`` tokens long."""
@@ -60,3 +67,14 @@ class Schedule:
     def of(self, layer: int) -> tuple[int, ...]:
         """The spans of a layer's KV heads now, sink included, tokens."""
         return self.spans.at(self.length)[layer]
+
+    def warn_once(self, columns: int) -> None:
+        """Tell that spans grow after tokens were let go of that they would have kept."""
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "the text outgrew the length that its cache was laid out for (%d tokens so far): spans get longer, but "
+                "what has left a window is gone. Several turns on one cache: apply_spans(model, plan, length=...) with "
+                "the tokens of all turns",
+                columns,
+            )

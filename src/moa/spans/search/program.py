@@ -62,7 +62,8 @@ class Program:
         rules: the rules to choose from.
         lengths: profiled lengths in tokens; one objective each.
         constrained: lengths with density bounds.
-        losses: (lengths, layers, KV heads, rules), influence that a rule drops.
+        losses: (lengths, layers, KV heads, rules), influence that a rule drops; never negative. The last profiled
+            length speaks for longer ones, too, if the program was made so.
         shares: (constrained, rules), share of the dense KV cache that a rule keeps.
         floor: (constrained,), least mean share.
         ceiling: (constrained,), greatest mean share.
@@ -114,8 +115,13 @@ def program(
     block: int = 64,
     floor: float = 0.9,
     limit: int = 2,
+    longer: Sequence[int] = (),
 ) -> Program:
     """Losses and costs of every rule.
+
+    At lengths that nobody has profiled, influence is taken to lie as at the longest profiled one, stretched: a head
+    that fetches facts from anywhere goes on doing so. Without that a span that is fixed costs nothing beyond, and a
+    plan that is right at 2048 tokens forgets at 4096.
 
     Args:
         influences: length to (layers, KV heads, blocks, blocks) influence, zero above the diagonal.
@@ -125,15 +131,18 @@ def program(
         block: tokens per block.
         floor: least mean density, as a share of the greatest.
         limit: most distinct rules per layer.
+        longer: lengths above the profiled ones at which a rule's loss counts, too, beside that at the longest of these.
 
     Raises:
         ValueError: shapes that do not belong together, numbers that are not finite, or a bound outside of (0, 1].
     """
     _check(influences, rules, density, block, floor, limit)
     lengths, constrained = tuple(sorted(influences)), tuple(sorted(density))
-    losses = [
-        dropped(influences[length].double().numpy(), [layout(rule, length) for rule in rules]) for length in lengths
-    ]
+    maps = {length: influences[length].double().numpy() for length in lengths}
+    losses = [dropped(maps[length], [layout(rule, length) for rule in rules]) for length in lengths]
+    last = lengths[-1]
+    beyond = [dropped(maps[last], [layout(rule, n) for rule in rules], last / n) for n in longer if n > last]
+    losses[-1] = np.mean([losses[-1], *beyond], 0)
     shares = [[layout(rule, length).share(length // block) for rule in rules] for length in constrained]
     ceiling = np.array([density[length] for length in constrained])
     return Program(
@@ -141,12 +150,14 @@ def program(
     )
 
 
-def dropped(influence: Array, bands: Sequence[Band]) -> Array:
+def dropped(influence: Array, bands: Sequence[Band], share: float = 1.0) -> Array:
     """(layers, KV heads, bands): total influence outside of each band.
 
     Args:
         influence: (layers, KV heads, blocks, blocks).
         bands: which blocks are kept; all with as many sink blocks as the first.
+        share: blocks of the influence for each block of the bands' text; below 1 for a longer text than the profiled
+            one, whose windows then end within blocks.
     """
     blocks, sinks = influence.shape[-1], bands[0].sinks
     beyond = influence.copy()
@@ -154,7 +165,10 @@ def dropped(influence: Array, bands: Sequence[Band]) -> Array:
     distances = [np.trace(beyond, offset=-distance, axis1=-2, axis2=-1) for distance in range(blocks)]
     # What lies at a distance of w blocks or more, for every w.
     tail = np.cumsum(np.stack([*distances, np.zeros_like(distances[0])], -1)[..., ::-1], -1)[..., ::-1]
-    return tail[..., [min(band.window, blocks) for band in bands]]
+    edges = np.array([min(band.window * share, blocks) for band in bands])
+    whole = np.floor(edges).astype(int)
+    part = edges - whole
+    return tail[..., whole] * (1 - part) + tail[..., np.minimum(whole + 1, blocks)] * part
 
 
 def _check(
