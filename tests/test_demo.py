@@ -15,7 +15,7 @@ from moa.cli.heatmap import heatmap
 from moa.evaluation.accuracy import Item, Result
 from moa.evaluation.answers import is_correct
 from moa.evaluation.sets import EvaluationSet
-from moa.tasks import TASKS, generate
+from moa.tasks import SUITE, generate
 from moa.training.recipe import Recipe
 
 ROWS = 2
@@ -53,7 +53,7 @@ def test_the_whole_demonstration(shown: tuple[Recipe, str, list[str]]):
     assert {"adapter_config.json", "adapter_model.safetensors", "recipe.yaml"} <= {
         file.name for file in folder.iterdir()
     }
-    for task in TASKS:
+    for task in SUITE:
         assert task in text
     for row in parts.shown_rows(parts.test_sets(ROWS, recipe.seed)):
         assert row["instruction"][:40] in text
@@ -67,7 +67,7 @@ def test_accuracies_are_those_of_the_kept_answers(shown: tuple[Recipe, str, list
     for name, adapter in (("before", None), ("after", recipe.output)):
         kept = json.loads((Path(recipe.output) / f"accuracy_{name}.json").read_text())
         assert kept["settings"]["adapter"] == adapter
-        assert kept["sets"].keys() == TASKS.keys()
+        assert kept["sets"].keys() == SUITE.keys()
         for task, found in kept["sets"].items():
             golds = [row["answer"] for row in generate(task, "test", ROWS, recipe.seed)]
             assert sorted(item["gold"] for item in found["items"]) == sorted(golds)

@@ -21,7 +21,7 @@ from moa.data import prompt_of, prompt_tokens
 from moa.evaluation.generation import generate, pad_left
 from moa.evaluation.models import load
 from moa.evaluation.results import Outcome, as_json, write
-from moa.evaluation.sets import TASK_TOKENS, EvaluationSet, evaluate_sets, load_sets
+from moa.evaluation.sets import EvaluationSet, evaluate_sets, load_sets
 from moa.training.recipe import Recipe
 
 RECIPE = "embedded-soft-moa"
@@ -112,7 +112,7 @@ def _answer(adapter: str) -> None:
     instructions = json.load(sys.stdin)
     prompts = [prompt_of({"instruction": instruction}, loaded.template) for instruction in instructions]
     answers: list[str | None] = [None] * len(prompts)
-    for places, texts in generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=TASK_TOKENS, batch_size=8):
+    for places, texts in generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=40, batch_size=8):
         for place, text in zip(places, texts, strict=True):
             answers[place] = text
     json.dump(answers, sys.stdout)

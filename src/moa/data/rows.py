@@ -44,9 +44,9 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
 
 
 def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
-    from moa.tasks import TASKS
+    from moa.tasks import SUITE, TASKS
 
-    tasks = list(TASKS) if names == "all" else [name.strip() for name in names.split(",")]
+    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")

@@ -16,9 +16,7 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
     A run that was stopped goes on after its last solved program.
     """
     settings = begin(recipe, context.args, remove=lambda r: [r.plans] + ([r.search_file] if overwrite else []))
-    from transformers import AutoConfig
-
-    from moa.assets import EMBEDDED, base_path
+    from moa.models import config_of
     from moa.spans.evidence.influence import Influence
     from moa.spans.search.plans import search as find
     from moa.spans.shape import ModelShape
@@ -27,8 +25,7 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
     for length, found in measured.items():
         if (found.length, found.block) != (length, settings.block):
             raise ValueError(f"{settings.influence_file(length)} has blocks of {found.block}, not {settings.block}")
-    source = str(base_path(settings.base)) if settings.base in EMBEDDED else settings.base
-    windows = ModelShape.of(AutoConfig.from_pretrained(source, trust_remote_code=False)).windows
+    windows = ModelShape.of(config_of(settings.base)).windows
     with bar("solving") as progress:
         front = find(
             {length: found.mean(settings.influence) for length, found in measured.items()},
