@@ -20,22 +20,15 @@ FIELDS = ("name", "service", "date", "time", "minutes", "price")
 
 INSTRUCTION = "Write this booking request as JSON."
 
-EXPLANATION = """Read the booking request and write it as one JSON object with exactly these keys:
+EXPLANATION = """Write the booking request as one JSON object with exactly these keys:
 "name": the customer's full name
 "service": what is booked, as the customer calls it, without "a" or "an"
 "date": the day as YYYY-MM-DD
 "time": the start on the 24-hour clock as HH:MM
 "minutes": how long it takes, as a number of minutes
 "price": the price with two decimals and the currency EUR, USD or GBP
-Answer with the JSON object alone.
-
-Request: Hi, this is Peter Hollis. Could you fit me in for a foot massage at half past two in the afternoon on \
-the 9th of May 2025? It should take an hour and a half. You quoted me forty pounds.
-JSON: {"name": "Peter Hollis", "service": "foot massage", "date": "2025-05-09", "time": "14:30", "minutes": 90, \
-"price": "40.00 GBP"}
-
-Request: """
-"""What a model needs to be told that has not been trained on the task: keys, formats and one solved example."""
+Answer with the JSON object alone."""
+"""What a model needs to be told that has not been trained on the task; `INSTRUCTION` is enough for one that has."""
 
 _SURNAMES = (  # noqa: SIM905
     "Abbott Adler Archer Bailey Barnes Becker Bishop Brandt Brooks Burton Carter Chapman Clarke Cooper Cross Dalton "
