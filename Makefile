@@ -25,7 +25,7 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## make .venv with MoA and all development tools
 
-demo: $(VENV)/.base  ## fine-tune the embedded base with Soft MoA and show what it learned
+demo: $(VENV)/.base  ## fine-tune SmolLM2-135M with Soft MoA and show what it learned
 	OMP_WAIT_POLICY=passive $(BIN)/moa demo
 
 test: lint docs pytest  ## lint, strict docs build and all tests: what CI runs

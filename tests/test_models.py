@@ -18,6 +18,9 @@ from moa import models
 from moa.assets import base_path
 from moa.models import NAMED, Packaged, config_of, find
 from moa.training.base import load_base
+from moa.training.card import write_card
+from moa.training.recipe import Recipe
+from moa.training.validate import validate
 
 gguf = pytest.importorskip("gguf")
 PACKAGE = "packaged_for_test"
@@ -118,6 +121,7 @@ def test_a_missing_gguf_file_is_not_looked_for_on_the_hub():
 def test_configurations_need_no_weights(gguf_file: Path, monkeypatch, tmp_path):
     monkeypatch.setenv("MOA_CACHE", str(tmp_path))
     assert config_of("smollm2").num_hidden_layers == 30
+    assert validate(Recipe.load("smollm2-soft-moa-bookings")).trainable == 3_147_720
     assert config_of("embedded").model_type == "llama"
     assert config_of(str(gguf_file)).hidden_size == 32
 
@@ -264,3 +268,10 @@ def test_the_cache_is_where_the_user_wants_it(variables: dict[str, str], folder:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert models.cache_folder() == Path(folder).expanduser()
+
+
+def test_the_card_of_an_adapter_names_the_original_and_how_to_load_it(package: Packaged, tmp_path: Path):
+    write_card(tmp_path, Recipe(base="tiny"), name="mine", steps=1, loss=1.0, trainable=1)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: nobody/tiny" in card
+    assert 'base, tokenizer = load_base("tiny")' in card
