@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from moa import models
 from moa.assets import base_path
+from moa.evaluation.models import load as load_for_use
 from moa.models import NAMED, Packaged, config_of, find
 from moa.training.base import load_base
 from moa.training.card import write_card
 from moa.training.recipe import Recipe
+from moa.training.sft import train
 from moa.training.validate import validate
 
 gguf = pytest.importorskip("gguf")
@@ -145,6 +147,22 @@ def test_a_gguf_base_can_be_trained_and_saved(gguf_file: Path, tmp_path: Path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_on_a_gguf_base_and_finds_it_again(gguf_file: Path, tiny_rows: Path, tmp_path: Path):
+    changes = {"base": str(gguf_file), "data.train": f"[{tiny_rows}]", "output": str(tmp_path / "out")}
+    changes |= {
+        "max_steps": "1",
+        "batch_size": "2",
+        "adapter.length": "2",
+        "adapter.size": "4",
+        "data.template": "short",
+    }
+    adapter = train(Recipe.load("embedded-soft-moa", changes))
+    loaded = load_for_use(str(adapter))
+    assert loaded.base == str(gguf_file)
+    assert loaded.model.peft_type == "MOA"
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.0005, 0.01, 0.2, 0.5, 0.9, 0.9999])
