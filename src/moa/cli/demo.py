@@ -1,11 +1,12 @@
-"""`moa demo`: a small language model learns the bundled tasks before your eyes."""
+"""`moa demo`: a pretrained language model learns to read booking requests before your eyes."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,27 +14,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
+from rich.text import Text
 
 from moa.cli.heatmap import heatmap
 from moa.cli.tables import progress_bar
 
 if TYPE_CHECKING:
-    from moa.evaluation.results import Outcome
+    from moa.evaluation.accuracy import Result
     from moa.evaluation.sets import EvaluationSet
     from moa.training.recipe import Recipe
+
+SHOWN = 3  # requests whose answers are shown side by side
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the adapter; an earlier demo in it is replaced.")] = Path(
         "moa-demo"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, training data and test questions.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Test questions of each task.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial weights, training data and test requests.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Test requests.")] = 64,
 ) -> None:
-    """Fine-tune the embedded base model with Soft MoA and show what it learned; about four minutes on two cores.
+    """Fine-tune SmolLM2-135M with Soft MoA to turn booking requests into JSON; minutes on two cores.
 
-    Measures the untuned base on every bundled task, trains, measures again on the same questions (none of which is in
-    the training data), reloads the saved adapter in a fresh process and shows which experts the routers use.
+    Measures the untuned model, told the task and shown solved requests, on requests none of which is in the training
+    data; trains; measures again; reloads the saved adapter in a fresh process, which answers side by side with the
+    untuned model; and shows which experts the routers use.
     """
     from moa.demo import recipe_of
 
@@ -41,7 +46,7 @@ def demo(
 
 
 def show(recipe: Recipe, rows: int, console: Console) -> None:
-    """The whole demonstration, for any recipe on the bundled tasks.
+    """The whole demonstration, for any recipe on booking requests whose base model has a chat template.
 
     Raises:
         ValueError: the output folder holds something else than an earlier run.
@@ -49,91 +54,112 @@ def show(recipe: Recipe, rows: int, console: Console) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from moa import demo as parts
+    from moa.models import find
     from moa.training.output import check_output
     from moa.training.sft import train
 
     check_output(recipe, resume=False, overwrite=True)
+    find(recipe.base)  # which may take a download
     disable_progress_bar()  # of loading weights, which takes a moment here
     started = time.monotonic()
-    sets = parts.test_sets(rows, recipe.seed)
-    console.print(Rule("1/4  before: the base model as it is", align="left"))
-    before = _measure(recipe, sets, None, console)
-    console.print(Rule("2/4  fine-tuning with Soft MoA", align="left"))
+    data = parts.test_set(rows, recipe.seed)
+    told = f"told the task in full and shown {parts.SOLVED} solved requests"
+    console.print(Rule(f"1/4  before: {recipe.base} as it is, {told}", align="left"))
+    before = _measure(recipe, data, None, console)
+    console.print(Rule(f"2/4  fine-tuning with Soft MoA on {recipe.data.limit} requests", align="left"))
+    training = time.monotonic()
     adapter = train(recipe, overwrite=True)
-    console.print(Rule("3/4  after: the same questions, with the adapter", align="left"))
-    after = _measure(recipe, sets, adapter, console)
-    parts.keep(recipe, adapter, before=before, after=after)
+    console.print(f"trained in {time.monotonic() - training:.0f} seconds")
+    console.print(Rule("3/4  after: the same requests, with the adapter and one sentence", align="left"))
+    after = _measure(recipe, data, adapter, console)
+    parts.keep(recipe, data, adapter, before=before, after=after)
     console.print(comparison(before, after))
-    _routing(adapter, sets, console)
+    _routing(adapter, data, recipe.dtype, console)
     console.print(Rule("4/4  a fresh process loads the saved adapter and answers", align="left"))
-    _examples(parts.shown_rows(sets), adapter, console)
-    _farewell(adapter, time.monotonic() - started, console)
+    _examples(data, before, adapter, recipe.dtype, console)
+    _farewell(adapter, data.rows[0]["instruction"], time.monotonic() - started, console)
 
 
-def comparison(before: Sequence[Outcome], after: Sequence[Outcome]) -> Table:
-    """Accuracy by task before and after, with the means of families and of all."""
-    from moa.evaluation.results import family_means
+def comparison(before: Result, after: Result) -> Table:
+    """How often each field is right before and after, and how often all of them are."""
+    from moa.demo import field_shares
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task", no_wrap=True)
-    table.add_column("family", no_wrap=True)
-    for column in ("chance", "before", "after", "95 % interval", "n"):
+    table.add_column("right", no_wrap=True)
+    for column in ("before", "after", "95 % interval", "n"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for (data, old), (_, new) in zip(before, after, strict=True):
-        low, high = new.interval
-        chance, was, now = (f"{share:.0%}" for share in (data.chance or 0, old.accuracy, new.accuracy))
-        interval = f"{100 * low:.0f} to {100 * high:.0f}"
-        table.add_row(data.name, data.family, chance, was, f"[bold green]{now}[/]", interval, str(len(new.items)))
+    for (name, old), new in zip(field_shares(before).items(), field_shares(after).values(), strict=True):
+        table.add_row(name, f"{old:.0%}", f"{new:.0%}", "", "")
     table.add_section()
-    old_means, new_means = family_means(before), family_means(after)
-    for family, share in new_means.items():
-        gain = f"{100 * (share - old_means[family]):+.0f} points"
-        table.add_row("mean", family, "", f"{old_means[family]:.0%}", f"[bold]{share:.0%}[/]", gain, "")
+    low, high = after.interval
+    interval = f"{100 * low:.0f} to {100 * high:.0f}"
+    share = f"[bold green]{after.accuracy:.0%}[/]"
+    table.add_row("all of them", f"{before.accuracy:.0%}", share, interval, str(len(after.items)))
+    table.caption = f"{100 * (after.accuracy - before.accuracy):+.0f} points"
     return table
 
 
-def _measure(recipe: Recipe, sets: Sequence[EvaluationSet], adapter: Path | None, console: Console) -> list[Outcome]:
+def side_by_side(gold: str, before: str | None, after: str | None) -> Table:
+    """Every field of the right answer with what both models wrote: right ones green, wrong ones red.
+
+    Args:
+        gold: a JSON object.
+        before: what the untuned model wrote.
+        after: what the tuned one wrote.
+    """
+    from moa.evaluation.answers import extract, fields_right
+
+    texts = [before or "", after or ""]
+    found: list[dict[str, Any]] = [json.loads(extract("json", text) or "{}") for text in texts]
+    right = [fields_right(text, gold) for text in texts]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("", "right answer", "before", "after"):
+        table.add_column(column, max_width=26, overflow="ellipsis", no_wrap=True)
+    for name, value in json.loads(gold).items():
+        written = [json.dumps(answer[name], ensure_ascii=False) if name in answer else "-" for answer in found]
+        judged = [Text(text, "green" if fields[name] else "red") for text, fields in zip(written, right, strict=True)]
+        table.add_row(Text(name, "dim"), json.dumps(value, ensure_ascii=False), *judged)
+    return table
+
+
+def _measure(recipe: Recipe, data: EvaluationSet, adapter: Path | None, console: Console) -> Result:
     from moa import demo as parts
 
-    total = sum(len(data.rows) for data in sets)
-    console.print(f"{len(sets)} tasks, {total} test questions; greedy answers, exact match")
+    console.print(f"{len(data.rows)} requests; greedy answers; right is a field with exactly the right value")
     with progress_bar(console) as bar:
-        line = bar.add_task("", total=total)
-        return parts.measure(
-            recipe,
-            sets,
-            adapter=adapter,
-            progress=lambda name, done: bar.update(line, description=name, advance=done),
-        )
+        line = bar.add_task(data.name, total=len(data.rows))
+        return parts.measure(recipe, data, adapter=adapter, progress=lambda done: bar.update(line, advance=done))
 
 
-def _routing(adapter: Path, sets: Sequence[EvaluationSet], console: Console) -> None:
+def _routing(adapter: Path, data: EvaluationSet, dtype: str, console: Console) -> None:
     from moa.demo import mean_gates
 
-    gates, experts = mean_gates(adapter, sets)
+    gates, experts = mean_gates(adapter, data, dtype)
     console.print("How far the routers open each expert (mean gate over test prompts; bright: open)", highlight=False)
     console.print(heatmap(gates.tolist(), [f"block {number}" for number in range(len(gates))], experts))
     console.print()
 
 
-def _examples(rows: Sequence[dict[str, str]], adapter: Path, console: Console) -> None:
+def _examples(data: EvaluationSet, before: Result, adapter: Path, dtype: str, console: Console) -> None:
     from moa.demo import answers_of_fresh_process
 
-    answers = answers_of_fresh_process(adapter, [row["instruction"] for row in rows])
-    for row, answer in zip(rows, answers, strict=True):
-        console.print(f"[dim]?[/] {escape(row['instruction'])}", highlight=False)
+    instructions: Sequence[str] = [row["instruction"] for row in data.rows[:SHOWN]]
+    answers = answers_of_fresh_process(adapter, instructions, dtype)
+    for instruction, old, answer in zip(instructions, before.items[:SHOWN], answers, strict=True):
+        console.print(f"[dim]?[/] {escape(instruction.partition(chr(10))[2].strip())}", highlight=False)
+        console.print(side_by_side(old.gold, old.text, answer))
         console.print(f"[bold green]>[/] {escape(answer.strip())}\n", highlight=False)
 
 
-def _farewell(adapter: Path, seconds: float, console: Console) -> None:
+def _farewell(adapter: Path, request: str, seconds: float, console: Console) -> None:
     size = sum(file.stat().st_size for file in adapter.glob("adapter_*")) / 1e6
     lines = [
         f"Done in {seconds / 60:.1f} minutes. In {adapter}: the adapter ({size:.1f} MB), its recipe, all answers.",
         "",
         "Try next:",
-        f'  moa generate {adapter} "Ann has 12 pens. Ann gives 5 of them to Ben. How many pens does Ann have left?"',
-        f"  moa eval {adapter} --data tasks:sorting,lookup --limit 500",
-        "  moa train embedded-sparse-moa",
+        f"  moa generate {adapter} {json.dumps(' '.join(request.split()), ensure_ascii=False)}",
+        f"  moa eval {adapter} --data tasks:bookings --limit 500 --dtype bfloat16",
+        f"  moa inspect {adapter}",
         "  moa recipes ls",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

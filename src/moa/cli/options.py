@@ -10,7 +10,7 @@ BaseOption = Annotated[
     str | None,
     typer.Option(
         "--base",
-        help="Base model: a folder, owner/name on the hub, embedded or embedded-long. "
+        help="Base model: smollm2, a folder, a .gguf file, owner/name on the hub, embedded or embedded-long. "
         "Default: what the adapter was trained on.",
     ),
 ]

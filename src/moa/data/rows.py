@@ -10,6 +10,7 @@ from typing import Any
 
 from moa.adapters.choices import check_range, nearest
 from moa.data.dialects import Row, convert
+from moa.models import on_hub
 
 ROWS_PER_TASK = 1000
 """How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""
@@ -44,9 +45,9 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
 
 
 def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
-    from moa.tasks import TASKS
+    from moa.tasks import SUITE, TASKS
 
-    tasks = list(TASKS) if names == "all" else [name.strip() for name in names.split(",")]
+    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")
@@ -68,9 +69,7 @@ def _of_task(task: str, split: str, number: int, seed: int) -> list[dict[str, st
 
 def _is_local(source: str) -> bool:
     """Everything but ``owner/name``, which is local too if there is such a path."""
-    path = Path(source).expanduser()
-    looks_like_hub = source.count("/") == 1 and not source.startswith((".", "~", "/")) and path.suffix not in _SUFFIXES
-    return path.exists() or not looks_like_hub
+    return Path(source).suffix in _SUFFIXES or not on_hub(source)
 
 
 def _local(path: Path, split: str) -> list[Row]:

@@ -10,6 +10,7 @@ over earlier ones; a text without an answer of the kind gives None, which counts
 | `choice` | A to E | "C" at the end, then the last "option C", "(C)", "C)", "C:" or "C.", then "C" on its own |
 | `bool` | true, false | last mention |
 | `label` | solution1, answer2, ending3, option4 | last mention |
+| `json` | an object | always the text's first JSON object; equal up to spacing and the order of keys |
 | `text` | anything else | the whole text; equal up to case, spacing and closing punctuation |
 
 The published rule for letters, the first capital A to E anywhere, reads "Answer: B" as A and is not used.
@@ -17,8 +18,10 @@ The published rule for letters, the first capital A to E anywhere, reads "Answer
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 NUMBER_TOLERANCE = 1e-3
 
@@ -47,7 +50,7 @@ def extract(kind: str, text: str) -> str | None:
     """The answer in a generated text, in the form in which gold answers are written.
 
     Args:
-        kind: "number", "choice", "bool", "label" or "text".
+        kind: "number", "choice", "bool", "label", "json" or "text".
         text: what the model generated, without its prompt.
 
     Returns:
@@ -78,10 +81,45 @@ def is_correct(kind: str, text: str, gold: str) -> bool:
 def kind_of(golds: Iterable[str]) -> str:
     """The kind of a data set's answers: the first whose form all of its gold answers have, else "text"."""
     golds = [str(gold).strip() for gold in golds]
+    if golds and all(gold.startswith("{") and _json(gold) is not None for gold in golds):
+        return "json"
     for kind, form in _FORMS.items():
         if golds and all(form.fullmatch(gold) for gold in golds):
             return kind
     return "text"
+
+
+def fields_right(text: str, gold: str) -> dict[str, bool]:
+    """For answers of kind "json": which of the gold object's fields the text's first object has with the same value.
+
+    Raises:
+        ValueError: the gold answer holds no JSON object.
+    """
+    wanted, answer = _object(gold), _object(text) or {}
+    if wanted is None:
+        raise ValueError(f"the gold answer {gold!r} is not a json")
+    return {name: name in answer and _canonical(answer[name]) == _canonical(value) for name, value in wanted.items()}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The first JSON object in a text."""
+    decoder = json.JSONDecoder()
+    for start in re.finditer(r"\{", text):
+        try:
+            return decoder.raw_decode(text, start.start())[0]
+        except ValueError:
+            continue
+    return None
+
+
+def _canonical(value: Any) -> str:
+    """One text for equal values; unlike ``==``, it tells true from 1."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _json(text: str) -> str | None:
+    found = _object(text)
+    return None if found is None else _canonical(found)
 
 
 def _number(text: str) -> str | None:
@@ -124,6 +162,7 @@ _RULES: dict[str, Callable[[str], str | None]] = {
     "choice": _choice,
     "bool": _mention(_BOOL),
     "label": _mention(_LABEL),
+    "json": _json,
     "text": _text,
 }
 _FORMS = {

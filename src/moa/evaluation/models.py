@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from moa.adapters.choices import check_choice
 from moa.assets import EMBEDDED
 from moa.data.templates import CHAT, TEMPLATE_NAMES
 from moa.data.tokens import check_template
+from moa.models import on_hub
 from moa.spans import apply_spans
 from moa.training.base import adapter_base, load_adapter, load_base
 from moa.training.beside import beside
@@ -50,7 +50,7 @@ def load(
 
     Args:
         adapter: folder or hub name of a trained adapter; None: the base model as it is.
-        base: folder, hub name or ``embedded``; None: what the adapter was trained on, or ``embedded``.
+        base: as for `moa.models.find`; None: what the adapter was trained on, or ``embedded``.
         dtype: of the base model, as in `moa.training.base.load_base`.
         spans: path of a span plan to attend by, ``none`` for dense attention; None: what the adapter was trained under.
         template: one of `moa.data.TEMPLATE_NAMES`; None: what the adapter was trained with, or else the base's own chat
@@ -74,8 +74,7 @@ def load(
 
 
 def _trained_on(adapter: str) -> str:
-    on_hub = adapter.count("/") == 1 and not Path(adapter).expanduser().exists()
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path if on_hub else adapter_base(adapter)
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path if on_hub(adapter) else adapter_base(adapter)
     if not base:
         raise ValueError(f"the adapter {adapter} does not say which base model it belongs to: name it with --base")
     return base

@@ -12,15 +12,14 @@ from typing import Any
 from moa.data.rows import load_rows
 from moa.evaluation.accuracy import Result, evaluate, gold_of
 from moa.evaluation.answers import kind_of
-from moa.tasks import TASKS
+from moa.tasks import SUITE, TASKS
 
 # The sets of the paper's two tables, as their folders and hub names are spelt, less everything but letters.
 PUBLISHED = {
     "math": ("addsub", "aqua", "gsmk", "multiarith", "singleeq", "svamp", "mawps", "mathqa"),
     "commonsense": ("boolq", "piqa", "socialiqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa", "obqa"),
 }
-ANSWER_TOKENS = {"number": 256, "choice": 256, "text": 256, "bool": 40, "label": 40}
-TASK_TOKENS = 40  # the longest answer of the bundled tasks takes 31 tokens of the embedded base
+ANSWER_TOKENS = {"number": 256, "choice": 256, "json": 256, "text": 256, "bool": 40, "label": 40}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def load_sets(source: str, *, limit: int | None = None, seed: int = 0) -> list[E
     names = source.removeprefix("tasks:")
     if names == source:
         return [_published(source, load_rows(source, split="test", limit=limit, seed=seed))]
-    tasks = list(TASKS) if names == "all" else [name.strip() for name in names.split(",")]
+    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
     return [_bundled(task, load_rows(f"tasks:{task}", split="test", limit=limit, seed=seed)) for task in tasks]
 
 
@@ -116,7 +115,7 @@ def evaluate_sets(
 
 def _bundled(name: str, rows: list[dict[str, Any]]) -> EvaluationSet:
     task = TASKS[name]
-    return EvaluationSet(name, task.family, task.kind, task.chance, TASK_TOKENS, rows)
+    return EvaluationSet(name, task.family, task.kind, task.chance, task.answer_tokens, rows)
 
 
 def _published(source: str, rows: list[dict[str, Any]]) -> EvaluationSet:

@@ -11,10 +11,7 @@ import json
 from functools import cache
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig
-
-from moa.assets import EMBEDDED, base_path
-from moa.recipes import base_config
+from moa.models import config_of
 from moa.studies.methods import Method
 from moa.studies.sizing import Sizable, Size
 from moa.training.recipe import Recipe
@@ -125,6 +122,4 @@ def count(section: str, base: str) -> int:
 @cache
 def blocks_of(base: str) -> int:
     """How many decoder blocks a base model has."""
-    source = base_path(base) if base in EMBEDDED else base_config(base) or base
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    return int(config.get_text_config().num_hidden_layers)
+    return int(config_of(base).get_text_config().num_hidden_layers)

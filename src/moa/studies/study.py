@@ -67,7 +67,7 @@ class Study:
     title: str = knob("A comparison of fine-tuning methods", "of the page")
     note: str = knob("", "a paragraph for the page: what is compared and why")
     output: str = knob("study", "folder for cells, table, JSON and page")
-    base: str = knob("embedded", "base model: a folder, owner/name on the hub, or embedded")
+    base: str = knob("embedded", "base model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     data: StudyData = field(default_factory=StudyData)
     steps: int = knob(300, "optimizer steps of every cell", within=Range(2))
     batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))

@@ -12,12 +12,17 @@ but far simpler; they are sized for the embedded base model and compare with no 
 from __future__ import annotations
 
 from moa.tasks.arithmetic import MATH_TASKS
+from moa.tasks.bookings import BOOKINGS
 from moa.tasks.commonsense import COMMONSENSE_TASKS
 from moa.tasks.core import Task
 
-__all__ = ["TASKS", "Task", "generate"]
+__all__ = ["SUITE", "TASKS", "Task", "generate"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (*MATH_TASKS, *COMMONSENSE_TASKS)}
+SUITE: dict[str, Task] = {task.name: task for task in (*MATH_TASKS, *COMMONSENSE_TASKS)}
+"""What ``tasks:all`` means."""
+
+TASKS: dict[str, Task] = SUITE | {BOOKINGS.name: BOOKINGS}
+"""Every task that ``tasks:NAME`` finds."""
 
 
 def generate(name: str, split: str, n: int, seed: int = 0) -> list[dict[str, str]]:

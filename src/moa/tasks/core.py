@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-Family = Literal["math", "commonsense"]
-Kind = Literal["number", "choice", "bool", "text"]
+Family = Literal["math", "commonsense", "extraction"]
+Kind = Literal["number", "choice", "bool", "text", "json"]
 T = TypeVar("T")
 
 SPLITS = ("train", "test")
@@ -42,11 +42,12 @@ class Task:
 
     Attributes:
         name: its key in `moa.tasks.TASKS`.
-        family: "math" or "commonsense".
+        family: "math", "commonsense" or "extraction".
         kind: what the answer is: "number" (digits), "choice" (a letter A to D), "bool" ("true" or
-            "false") or "text" (a name, a phrase or a list, compared as a whole).
+            "false"), "text" (a name, a phrase or a list, compared as a whole) or "json" (an object).
         chance: accuracy in [0, 1] of guessing among the answers the question itself offers.
         sample: draws one question for a split from a `random.Random`.
+        answer_tokens: how many tokens an answer may take.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     kind: Kind
     chance: float
     sample: Callable[[random.Random, str], Draw]
+    answer_tokens: int = 40  # the longest answer of the suite takes 31 tokens of the embedded base
 
     def generate(self, split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
         """`n` distinct rows of one split; see `moa.tasks.generate`."""

@@ -1,6 +1,6 @@
 """Base models and adapters from disk or hub, and one clear line for whatever is wrong with them.
 
-Weights are read from safetensors only, and no code that comes with a model is ever run.
+Weights are read from safetensors or GGUF, never from pickles, and no code that comes with a model is ever run.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moa.adapters.choices import check_choice, nearest
+from moa.adapters.choices import check_choice
 from moa.adapters.config import MoAConfig
-from moa.assets import EMBEDDED, base_path
+from moa.models import existing, load
 from moa.training.checkpoints import WEIGHTS
 
 CONFIG = "adapter_config.json"
@@ -41,7 +41,8 @@ def load_base(
     """A causal language model and its tokenizer.
 
     Args:
-        name: a folder, ``owner/name`` on the hub, or one of the embedded models (`moa.assets.EMBEDDED`).
+        name: a folder, a ``.gguf`` file, ``owner/name`` on the hub, or the name of a model that moa knows; see
+            `moa.models.find`.
         dtype: a torch dtype or its name; ``auto`` as in `resolve_dtype`.
         device_map: as in transformers.
         four_bit: quantise the weights to NF4 with bitsandbytes.
@@ -51,17 +52,12 @@ def load_base(
 
     Raises:
         ValueError: the model cannot be loaded; says from where and why.
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: there is no such model.
     """
-    source = str(base_path(name)) if name in EMBEDDED else _existing(name, "base model")
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": device_map, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": device_map}
     if four_bit:
         options["quantization_config"] = _four_bit()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load the base model {name!r}: {_first_line(error)}") from error
+    model, tokenizer = load(name, **options)
     # What PEFT writes into adapter_config.json: the name that works everywhere, not this machine's path.
     model.name_or_path = model.config._name_or_path = name
     if tokenizer.pad_token is None:
@@ -81,7 +77,7 @@ def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
         ValueError: the configuration is of another PEFT method or a newer moa, the weights are damaged, or they belong
             to another base model (naming the tensor and both shapes).
     """
-    source = _existing(str(path), "adapter")
+    source = existing(str(path), "adapter")
     if Path(source).is_dir():
         _check_folder(Path(source))
     try:
@@ -95,18 +91,7 @@ def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
 
 def adapter_base(path: str | Path) -> str | None:
     """The name of the base model that an adapter on disk was trained on, if its configuration has one."""
-    return _read_config(Path(_existing(str(path), "adapter"))).get("base_model_name_or_path")
-
-
-def _existing(name: str, what: str) -> str:
-    """``name``, unless it can only be a path and there is nothing there."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path)
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
-        return name
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"there is no {what} {name!r}{nearest(path.name, siblings)}")
+    return _read_config(Path(existing(str(path), "adapter"))).get("base_model_name_or_path")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from moa.assets import EMBEDDED
+from moa.models import NAMED, on_hub
 from moa.training.recipe import FILE_NAME, Recipe
 
 _BODY = """---
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
-_LOAD_EMBEDDED = """from moa.training.base import load_adapter, load_base
+_LOAD_NAMED = """from moa.training.base import load_adapter, load_base
 
 base, tokenizer = load_base("{base}")
 model = load_adapter(base, "path/to/this/folder")"""
@@ -48,19 +49,20 @@ model = load_adapter(base, "path/to/this/folder")"""
 
 def write_card(folder: Path, recipe: Recipe, *, name: str, steps: int, loss: float, trainable: int) -> None:
     """Write ``README.md`` into ``folder``."""
-    on_hub = "/" in recipe.base and not Path(recipe.base).expanduser().exists()
+    named = recipe.base in EMBEDDED or recipe.base in NAMED
+    hub = NAMED[recipe.base].hub if recipe.base in NAMED else recipe.base if on_hub(recipe.base) else None
     metadata = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        base_model=recipe.base if on_hub else None,
-        tags=["moa", "mixture-of-adapters", *([f"base_model:adapter:{recipe.base}"] if on_hub else [])],
+        base_model=hub,
+        tags=["moa", "mixture-of-adapters", *([f"base_model:adapter:{hub}"] if hub else [])],
     )
-    base = recipe.base if on_hub or recipe.base in EMBEDDED else Path(recipe.base).name
+    base = recipe.base if hub or named else Path(recipe.base).name
     text = _BODY.format(
         metadata=metadata.to_yaml(),
         name=name,
         base=base,
-        load=(_LOAD_EMBEDDED if base in EMBEDDED else _LOAD_HUB).format(base=base),
+        load=(_LOAD_NAMED if named else _LOAD_HUB).format(base=base),
         steps=steps,
         trainable=trainable,
         loss=loss,

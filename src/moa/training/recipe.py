@@ -45,7 +45,9 @@ class Data:
 class Recipe:
     """A training run. `knobs` lists every key with its documentation."""
 
-    base: str = knob("embedded", "base model: a folder, owner/name on the hub, embedded or embedded-long")
+    base: str = knob(
+        "embedded", "model: smollm2, a folder, a .gguf file, owner/name on the hub, embedded or embedded-long"
+    )
     adapter: dict[str, Any] = field(
         default_factory=lambda: {"preset": "soft-moa"},
         metadata={

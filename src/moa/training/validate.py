@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from moa.adapters.block import Mixture
 from moa.adapters.experts import ExpertLayer
-from moa.assets import EMBEDDED, base_path
-from moa.recipes import base_config
+from moa.models import config_of
 from moa.training.adapter import adapter_config
 from moa.training.recipe import Recipe
 
@@ -46,7 +44,7 @@ def validate(recipe: Recipe) -> Count:
     Raises:
         ValueError: the base model's configuration cannot be had, or the adapter does not fit the model.
     """
-    config = _config_of(recipe.base)
+    config = config_of(recipe.base)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model = get_peft_model(base, adapter_config(recipe.adapter))
@@ -63,12 +61,3 @@ def count_by_kind(model: nn.Module) -> dict[str, int]:
             for name, parameter in module.named_parameters():
                 counts["router" if set(name.split(".")) & _ROUTER else kind] += parameter.numel()
     return dict(counts)
-
-
-def _config_of(base: str) -> PretrainedConfig:
-    source: Any = base_path(base) if base in EMBEDDED else (base_config(base) or Path(base).expanduser())
-    try:
-        return AutoConfig.from_pretrained(source if Path(source).exists() else base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"base={base!r}: cannot read its configuration: {reason}") from error

@@ -40,7 +40,7 @@ class Data:
 class SpanRecipe:
     """A span search from the model to the plan."""
 
-    base: str = knob("embedded", "model: a folder, owner/name on the hub, or embedded (ships with moa)")
+    base: str = knob("embedded", "model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     output: str = knob("moa-spans", "folder for everything the steps write")
     evidence: str | None = knob(None, "folder with calibration items and influence; default: output")
     dtype: str = knob(
