@@ -47,11 +47,12 @@ class Commands(TyperGroup):
 
 def report(error: Exception) -> int:
     """Print ``error`` for the user; returns the exit code."""
+    from moa.extras import MissingExtra
     from moa.training.stops import TrainingStopped
 
     if isinstance(error, TrainingStopped):
         code = error.exit_code
-    elif isinstance(error, ValueError | OSError):
+    elif isinstance(error, ValueError | OSError | MissingExtra):
         code = USER_MISTAKE
     else:
         Console(stderr=True).print_exception()

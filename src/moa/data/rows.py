@@ -10,6 +10,7 @@ from typing import Any
 
 from moa.adapters.choices import nearest
 from moa.data.dialects import Row, convert
+from moa.extras import extra
 
 ROWS_PER_TASK = 1000
 """How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""
@@ -125,7 +126,8 @@ def _items(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_hub(source: str, split: str) -> list[Row]:
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moa.extras import extra
 from moa.spans.journal import read_lines
 
 TASKS = "tasks:"
@@ -104,7 +105,8 @@ class Source:
             raise ValueError(
                 f"source={self.name!r} is neither {TASKS}NAME, nor a .jsonl file, nor owner/name on the hub"
             )
-        from datasets import load_dataset
+        with extra("train"):
+            from datasets import load_dataset
 
         name, _, configuration = self.name.partition(":")
         return list(load_dataset(name, configuration or None, split=self.split))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from moa.spans.search.pricing import Pricing
 from moa.spans.search.program import Program, native, program
 from moa.spans.search.solution import Goal, Solution
 from moa.spans.search.whole import solve_whole
+from moa.versions import versions
 
 WHOLE = 4000  # binaries that HiGHS solves as they are
 FULL = Rule(0.0, 1.0)
@@ -126,7 +126,7 @@ def search(
         totals = {str(length): float(influence.double().abs().sum()) for length, influence in influences.items()}
         solve = _recorded(solve, Journal(save_to, {"limits": asdict(limits), "layers": searched, "influence": totals}))
     points = sweep(problem, solve, limits.intervals, progress)
-    said = {"limits": asdict(limits), "versions": versions(), **(evidence or {})}
+    said = {"limits": asdict(limits), "versions": versions("torch", "transformers", "scipy"), **(evidence or {})}
     return [_candidate(point, problem, searched, shape[0], limits, model, said) for point in points]
 
 
@@ -149,11 +149,6 @@ def solver(problem: Program, tolerance: float = 0.005, seconds: float = 60.0) ->
         return best._replace(bound=max(found.bound, priced.bound))
 
     return solve
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a plan depends on."""
-    return {name: version(name) for name in ("moa", "torch", "transformers", "scipy")}
 
 
 def _recorded(solve: Solver, journal: Journal) -> Solver:
