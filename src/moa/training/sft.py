@@ -6,13 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import set_seed
-from trl import SFTConfig
 
 from moa.adapters.auxiliary import auxiliary_scale
+from moa.adapters.config import MoAConfig
 from moa.data import example_of, load_rows
+from moa.extras import extra
 from moa.spans import SpanPlan
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
@@ -21,10 +21,15 @@ from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
 from moa.training.output import check_output, clear_output, move_into
 from moa.training.recipe import Recipe
+from moa.training.routing import log_router
 from moa.training.spans import FILE_NAME as PLAN_NAME
 from moa.training.spans import plan_from, under
 from moa.training.stops import Interrupted
 from moa.training.trainer import Trainer
+
+with extra("train"):
+    import datasets
+    from trl import SFTConfig
 
 # Renamed in transformers 5; the old name still works there, with a warning.
 _NEW_NAME = "activation_checkpointing"
@@ -55,6 +60,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
     interrupt = StopOnInterrupt()
     trainer = _trainer(recipe, model, tokenizer, _dataset(rows, recipe, tokenizer), [LogFile(folder), interrupt])
+    if isinstance(trainer.model.active_peft_config, MoAConfig):  # a recipe may name a method of PEFT's own
+        log_router(trainer)
     _check_lengths(trainer, len(rows), recipe.data.max_length)
     if trainer.is_world_process_zero():
         clear_output(folder, checkpoint)
