@@ -17,6 +17,7 @@ from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
+from moa.adapters.unsloth import refuse_unsloth
 
 
 class MoAModel(BaseTuner):
@@ -39,6 +40,7 @@ class MoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Plan every block before the first one is touched."""
+        refuse_unsloth(model)
         config = text_config(model)
         family = config.model_type
         architecture = architecture_of(family, peft_config.architecture)
