@@ -69,11 +69,17 @@ def main() -> None:
     out, again = train(options.host, options.work, "whole"), train(options.host, options.work, "resumed")
     same = difference(out, again)
     said = infer(options.host, options.work, out)
-    print(f"{options.host}: resumed run differs by {same:.1e}; asked {QUESTION!r}, it answers {said.strip()[-60:]!r}")
+    print(f"{options.host}: resumed run differs by {same:.1e}; asked {QUESTION!r}, it answers {_answer(said)!r}")
     restarted = (options.work / "resumed" / f"checkpoint-{STEPS // 2}").exists()
     if same > 1e-5 or restarted or ANSWER not in said:
         sys.exit(f"{options.host}: failed")
     print(f"{options.host}: trained, resumed and answered")
+
+
+def _answer(said: str) -> str:
+    """The line with the answer, else the last one; tools print prompts and rulers around it."""
+    lines = [line for line in said.splitlines() if line.strip()] or [""]
+    return next((line for line in lines if ANSWER in line), lines[-1])
 
 
 def prepare(work: Path) -> None:
