@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 from peft import get_peft_model
 from tiny import tiny_llama
+from torch.distributed.fsdp import fully_shard
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
 import moa
@@ -99,6 +101,34 @@ def test_a_model_with_forwards_of_unsloth_is_refused(monkeypatch, cls):
     with pytest.raises(ValueError, match=f"Unsloth has replaced {cls.__name__}.forward"):
         get_peft_model(model, moa.preset("soft-moa"))
     assert set(model.state_dict()) == before
+
+
+@pytest.fixture
+def alone():
+    """A process group of one, on gloo."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_base_that_is_sharded_already_is_refused():
+    """What is attached after sharding is never synchronised; before it, all is well (`test_distributed.py`)."""
+    model = tiny_llama()
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is a DTensor.*Attach the adapter first"):
+        get_peft_model(model, moa.preset("soft-moa"))
+    attached = get_peft_model(tiny_llama(), moa.preset("soft-moa"))
+    fully_shard(attached)
+    with pytest.raises(ValueError, match="Attach the adapter first"):
+        attached.add_adapter("second", moa.preset("lora"))
+
+
+def test_a_base_under_tensor_parallelism_is_refused():
+    model = tiny_llama()
+    model._tp_size = 2  # as from_pretrained(tp_plan="auto") in two processes
+    with pytest.raises(ValueError, match="tp_size=2"):
+        get_peft_model(model, moa.preset("soft-moa"))
 
 
 def test_plugins_are_short():

@@ -16,6 +16,7 @@ from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.placement import BlockPlan, plan_block
+from moa.adapters.sharding import refuse_sharded
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 from moa.adapters.unsloth import refuse_unsloth
 
@@ -41,6 +42,7 @@ class MoAModel(BaseTuner):
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Plan every block before the first one is touched."""
         refuse_unsloth(model)
+        refuse_sharded(model)
         config = text_config(model)
         family = config.model_type
         architecture = architecture_of(family, peft_config.architecture)
