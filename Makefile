@@ -18,7 +18,7 @@ OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest hosts hosts-resolve wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest hosts hosts-resolve distributed wheel-test test-oldest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -50,7 +50,8 @@ HOST_trl := trl==1.16.0
 HOST_axolotl := axolotl==0.19.0
 HOST_swift := ms-swift==4.6.0
 HOST_llamafactory := llamafactory==0.9.5
-HOSTS ?= trl axolotl swift llamafactory
+HOST_lm_eval := lm_eval[hf]==0.4.13 trl==1.16.0
+HOSTS ?= trl axolotl swift llamafactory lm_eval
 HOST_ENVS ?= .venv-hosts
 
 hosts: $(addprefix hosts-,$(HOSTS))  ## train, resume and infer inside other tools, each in an environment of its own
@@ -68,10 +69,13 @@ $(HOST_ENVS)/%/.installed: pyproject.toml
 	$(PYTHON) -m venv $(HOST_ENVS)/$*
 	$(HOST_ENVS)/$*/bin/python $(PIP) '$(TORCH)'
 	echo '$(TORCH)' > $(HOST_ENVS)/$*/constraints.txt
-	$(HOST_ENVS)/$*/bin/python $(PIP) -c $(HOST_ENVS)/$*/constraints.txt '$(HOST_$*)' -e .
+	$(HOST_ENVS)/$*/bin/python $(PIP) -c $(HOST_ENVS)/$*/constraints.txt $(HOST_$*) -e .
 	$(HOST_ENVS)/$*/bin/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' \
 		|| $(HOST_ENVS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
+
+distributed: $(VENV)/.installed  ## two processes on gloo: DDP and FSDP2 against one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_distributed.py
 
 wheel-test: $(VENV)/.installed  ## build the wheel and run README's snippet in bare environments, newest and oldest versions
 	MOA_WHEEL_TEST=1 $(BIN)/python -m pytest -n 0 tests/test_wheel.py

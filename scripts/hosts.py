@@ -2,7 +2,8 @@
 
 The configuration is the one in `examples/hosts`, with the base, data and sizes of this check laid over it. The tool
 fine-tunes the embedded base on one answer that it cannot know. Then the same run is resumed from its middle checkpoint,
-which must end in the same weights, and the inference of the tool must give that answer.
+which must end in the same weights, and the inference of the tool must give that answer. lm-eval scores what TRL made:
+of two answers it must find this one likelier, and the other one without the adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,7 @@ TRAIN = {
     "swift": [BIN / "swift", "sft", "config.yaml"],
     "llamafactory": [BIN / "python", "-m", "moa.integrations.llamafactory", "train", "config.yaml"],
     "trl": [BIN / "python", "-m", "moa.integrations.trl", "sft", "--config", "config.yaml"],
+    "lm_eval": [],  # trains with TRL
 }
 
 # TRL has no inference of its own; nobody imports moa here, as nobody does in the other tools.
@@ -57,10 +60,22 @@ inputs = tokenizer(sys.argv[2], return_tensors="pt", return_token_type_ids=False
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True))
 """
 
+TASK = {
+    "task": "word_of_the_day",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "pairs.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_choice": ["nothing at all", ANSWER],
+    "doc_to_target": 1,
+    "metric_list": [{"metric": "acc"}],
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("host", choices=CHANGES)
+    parser.add_argument("host", choices=TRAIN)
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything, emptied first")
     options = parser.parse_args()
     shutil.rmtree(options.work, ignore_errors=True)
@@ -98,6 +113,7 @@ def prepare(work: Path) -> None:
 
 def train(host: str, work: Path, name: str) -> Path:
     """The run called ``whole``, or ``resumed`` from the middle of it; returns the adapter's folder."""
+    host = "trl" if host == "lm_eval" else host
     config = yaml.safe_load((EXAMPLES / f"{host}.yaml").read_text()) | CHANGES[host] | {"output_dir": name}
     if host == "trl":
         config["datasets"][0]["data_files"] = "pairs.jsonl"
@@ -125,6 +141,14 @@ def infer(host: str, work: Path, adapter: Path) -> str:
         settings = ["--adapters", adapter, "--val_dataset", "question.jsonl", "--max_new_tokens", "12"]
         run(work, [BIN / "swift", "infer", *settings, "--temperature", "0", "--result_path", "answers.jsonl"])
         return json.loads((work / "answers.jsonl").read_text())["response"]
+    if host == "lm_eval":
+        (work / "task.yaml").write_text(yaml.safe_dump(TASK))
+        command = [BIN / "lm_eval", "--model", "hf", "--include_path", work, "--device", "cpu", "--limit", "4"]
+        scores = []
+        for model in (f"pretrained=base,dtype=float32,peft={adapter}", "pretrained=base,dtype=float32"):
+            said = run(work, [*command, "--tasks", TASK["task"], "--model_args", model])
+            scores.append(re.search(r"\|acc +\|[^|]*\| *(\d)", said).group(1))
+        return ANSWER if scores == ["1", "0"] else f"accuracy with the adapter {scores[0]}, without {scores[1]}"
     if host == "llamafactory":
         settings = {"model_name_or_path": "base", "adapter_name_or_path": str(adapter), "template": "alpaca"}
         (work / "chat.yaml").write_text(yaml.safe_dump(settings | {"do_sample": False, "max_new_tokens": 12}))

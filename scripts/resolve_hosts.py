@@ -17,7 +17,7 @@ SHOWN = ("moa-lm", "torch", "transformers", "peft", "trl", "accelerate", "datase
 def resolved(torch: str, host: str) -> dict[str, str]:
     """Package -> version, for those in `SHOWN`; pip's own error ends the program."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
-    report = subprocess.run([*command, torch, host, str(ROOT)], stdout=subprocess.PIPE, check=False)
+    report = subprocess.run([*command, torch, *host.split(), str(ROOT)], stdout=subprocess.PIPE, check=False)
     if report.returncode:
         sys.exit(f"pip finds no versions for MoA beside {host}")
     found = [package["metadata"] for package in json.loads(report.stdout)["install"]]

@@ -103,8 +103,9 @@ def test_prompts_would_give_other_figures(tmp_path):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"label_smoothing_factor": 0.1},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["checkpointing", "reentrant", "accumulation", "loss computed outside of the model"],
+    ids=["checkpointing", "reentrant", "accumulation", "loss computed outside of the model", "compiled"],
 )
 def test_figures_do_not_depend_on_how_a_step_is_computed(tmp_path, settings):
     settings = {key.replace("gradient_checkpointing", CHECKPOINTING): value for key, value in settings.items()}

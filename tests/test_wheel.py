@@ -66,8 +66,9 @@ def test_the_snippet_of_the_readme_runs(bare, tmp_path):
 
 
 def test_the_command_names_its_extra(bare, tmp_path):
-    code, output = run(bare / "moa", "--help", cwd=tmp_path)
-    assert code == 1
+    """Newer releases of transformers bring typer, so the command may start; training still needs the extra."""
+    code, output = run(bare / "moa", "train", "embedded-soft-moa", cwd=tmp_path)
+    assert code in (1, 2)
     assert "pip install 'moa-lm[train]'" in output
     assert "Traceback" not in output
 
