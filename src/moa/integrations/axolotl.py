@@ -49,5 +49,5 @@ class MoAPlugin(BasePlugin):
         return (None if config_only else get_peft_model(model, config)), config
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if cfg.adapter == "moa":
+        if cfg.adapter == "moa" and not cfg.torch_compile:
             log_router(trainer)

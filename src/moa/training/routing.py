@@ -168,11 +168,18 @@ def log_router(trainer: Trainer, adapter: str | None = None) -> None:
         trainer: any transformers `Trainer`, TRL's among them. Its ``compute_loss`` is watched for the labels.
         adapter: whose routers; None: those of the one active adapter.
 
+    Raises:
+        ValueError: the trainer compiles the model. Watching breaks compiled blocks in pieces, which cannot run.
+
     Example:
         >>> trainer = SFTTrainer(model, args=SFTConfig(report_to="trackio"), peft_config=moa.preset("soft-moa"))
         >>> log_router(trainer)
         >>> trainer.train()
     """
+    if trainer.args.torch_compile:
+        raise ValueError(
+            "log_router cannot look into a compiled model (torch_compile=True): train without the one or the other"
+        )
     callback = RouterCallback(adapter)
     compute_loss = trainer.compute_loss
 
