@@ -33,6 +33,8 @@ class MoAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them."""
+        refuse_unsloth(model)
+        refuse_sharded(model)
         kwargs["state_dict"] = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -41,8 +43,6 @@ class MoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Plan every block before the first one is touched."""
-        refuse_unsloth(model)
-        refuse_sharded(model)
         config = text_config(model)
         family = config.model_type
         architecture = architecture_of(family, peft_config.architecture)
