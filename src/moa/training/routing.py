@@ -19,7 +19,7 @@ Place = tuple[int, str | None]  # a block's router, or the one over the copies o
 
 
 class Tally:
-    """Sums over the tokens that one router saw, as float32 tensors on its device.
+    """Sums over the tokens that one router saw, as float32 tensors on its device, which is never waited for.
 
     Attributes:
         tokens: how many.
@@ -29,22 +29,23 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens: Any = 0
         self.gates: Any = 0
         self.active: Any = 0
         self.entropy: Any = 0
         self.threshold: Any = None
 
-    def add(self, gates: Tensor, threshold: Tensor | None) -> None:
-        """Count the gates (tokens, experts), and thresholds (tokens, 1), of more tokens."""
-        gates = gates.float()
-        self.tokens += len(gates)
-        self.gates = self.gates + gates.sum(0)
-        self.active = self.active + (gates != 0).float().sum(0)
+    def add(self, gates: Tensor, counted: Tensor, threshold: Tensor | None) -> None:
+        """Count gates (batch, tokens, experts) and thresholds (batch, tokens, 1) where ``counted`` (batch, tokens)."""
+        one = counted.unsqueeze(-1).float()
+        gates = gates.float() * one
+        self.tokens = self.tokens + one.sum()
+        self.gates = self.gates + gates.sum((0, 1))
+        self.active = self.active + (gates != 0).float().sum((0, 1))
         shares = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         self.entropy = self.entropy + torch.special.entr(shares).sum() / math.log(max(gates.shape[-1], 2))
         if threshold is not None:
-            self.threshold = (self.threshold or 0) + threshold.float().sum()
+            self.threshold = (0 if self.threshold is None else self.threshold) + (threshold.float() * one).sum()
 
     @property
     def utilisation(self) -> Tensor:
@@ -100,9 +101,10 @@ class RouterCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs is None or "loss" not in logs or not self._tallies:
+        seen = {place: tally for place, tally in self._tallies.items() if tally.tokens > 0}
+        if logs is None or "loss" not in logs or not seen:
             return
-        found = figures(self._tallies, self._columns)
+        found = figures(seen, self._columns)
         self._tallies.clear()
         logs |= found
         state.log_history[-1] |= found
@@ -121,9 +123,7 @@ class RouterCallback(TrainerCallback):
             counted = mask.bool()
         else:
             counted = gates.new_ones(gates.shape[:-1], dtype=torch.bool)
-        counted = counted.to(gates.device)
-        if counted.any():
-            self._tallies[place].add(gates[counted], None if threshold is None else threshold[counted])
+        self._tallies[place].add(gates, counted.to(gates.device), threshold)
 
 
 def figures(tallies: Mapping[Place, Tally], columns: Mapping[int, list[str]]) -> dict[str, float]:
