@@ -57,6 +57,7 @@ def test_every_host_is_pinned_and_documented():
     pins = re.findall(r"^HOST_(\w+) := (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {name for name, _ in pins} == {file.stem for file in EXAMPLES.glob("*.yaml")} | {"lm_eval"}
     page = (ROOT / "docs" / "howto" / "hosts.md").read_text()
+    assert (EXAMPLES / "swift_plugin.py").read_text() in page
     assert all(requirement.partition("==")[2] in page for _, requirement in pins)
 
 

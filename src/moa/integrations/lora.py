@@ -10,11 +10,12 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.adapters.architectures import ARCHITECTURES, PROJECTIONS, Architecture
+from moa.adapters.architectures import PROJECTIONS
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import LoraExpert
 
 WEIGHTS = "adapter_model.safetensors"
+FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "kv_b_proj", "gate_up_proj"}
 _OURS = re.compile(rf"(?P<module>.+)\.mixture_(?P<target>{'|'.join(PROJECTIONS)})\.moa_(?P<side>[AB])\.weight")
 _PREFIX = "base_model.model."
 
@@ -71,13 +72,9 @@ def _renamed(ours: dict[str, Tensor], config: MoAConfig) -> tuple[dict[str, Tens
 
 
 def _fused_modules(config: MoAConfig) -> set[str]:
-    """Names of modules that are several projections at once, in any family."""
-    own = [Architecture(**config.architecture)] if config.architecture else []  # type: ignore[arg-type]
-    paths: list[str] = []
-    for architecture in (*ARCHITECTURES.values(), *own):
-        counts = Counter(getattr(architecture, role) for role in PROJECTIONS)
-        paths += [path for path, number in counts.items() if path and number > 1]
-    return {path.rpartition(".")[2] for path in paths}
+    """Names of modules that are several projections at once: those of known families, and the configuration's own."""
+    own = Counter(path for role, path in (config.architecture or {}).items() if role in PROJECTIONS and path)
+    return FUSED | {path.rpartition(".")[2] for path, roles in own.items() if roles > 1}
 
 
 def _configuration(config: MoAConfig, modules: dict[str, str], tensors: dict[str, Tensor]) -> LoraConfig:
