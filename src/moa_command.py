@@ -11,11 +11,11 @@ import os
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, see `moa.__main__`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from moa.cli import app
+    from moa.__main__ import main as run
 
-    app()
+    run()
 
 
 if __name__ == "__main__":

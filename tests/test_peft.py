@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -200,13 +201,28 @@ def test_chosen_rows_of_the_embedding_train_and_reload(tmp_path):
     assert moved.nonzero().flatten().tolist() == chosen
 
 
-def test_the_model_card_tells_to_import_moa(tmp_path):
+def test_the_model_card_says_what_it_is_and_how_to_load_it(tmp_path):
     model = tiny_moa()
     model.save_pretrained(tmp_path)
+    file = tmp_path / "README.md"
+    assert "More Information Needed" not in file.read_text()
+    file.write_text(file.read_text() + "\nTrained on letters.\n")
     model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("import moa") == 1
-    assert "library_name: peft" in card
+    card = ModelCard.load(file)
+    assert card.data.library_name == "peft"
+    assert {"moa", "mixture-of-adapters"} <= set(card.data.tags)
+    assert card.text.count("pip install moa-lm") == 1
+    assert "- expert `lora`: r 2" in card.text.replace("targets ['q', 'v'], ", "")
+    assert "Trained on letters." in card.text
+
+
+def test_a_card_that_somebody_wrote_is_only_added_to(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [letters]\n---\n# My adapter\n\nOf letters.\n")
+    tiny_moa().save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    assert card.text.startswith("# My adapter\n\nOf letters.")
+    assert card.text.count("How to load") == 1
 
 
 # --- files that do not fit --------------------------------------------------------------------------------------------

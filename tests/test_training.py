@@ -104,7 +104,7 @@ def test_the_folder_of_a_run_is_complete(unbroken):
     assert log[STEPS - 1]["loss"] < log[0]["loss"]
     card = (unbroken / "README.md").read_text()
     assert "library_name: peft" in card
-    assert "import moa" in card
+    assert "pip install moa-lm" in card
     assert not list(unbroken.rglob("*.bin"))
 
 

@@ -86,7 +86,9 @@ class Mixture(RouterLayer):
             if router.input == stage:
                 read = features
                 if router.level != "token":
-                    read = pool(features, router.level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks)
+                    read = pool(
+                        features, router.level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks
+                    )
                 gates: Gates = self(read, name, now.tokens)
                 now.gates[name] = columns_of(gates.weights, features.dtype, now.few)
 

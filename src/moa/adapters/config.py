@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 
 from moa.adapters.architectures import Architecture
+from moa.adapters.card import finish_card
 from moa.adapters.choices import build, check_fields, check_range, from_fields, plain
 from moa.adapters.experts import EXPERTS, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import GATINGS, Soft
@@ -20,16 +21,6 @@ from moa.adapters.registration import MOA
 from moa.adapters.routers import Router
 
 FORMAT_VERSION = 1
-
-CARD_NOTE = """This adapter is a Mixture of Adapters (MoA). PEFT knows the method once `moa` is imported:
-
-```python
-import moa
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
-```
-"""
 
 
 def _paper_experts() -> list[ExpertConfig]:
@@ -98,11 +89,9 @@ class MoAConfig(PeftConfig):
         return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; besides, the model card that PEFT may have written there says that ``moa`` must be imported."""
+        """As PEFT's; besides, the model card that PEFT may have written there is completed."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if card.is_file() and CARD_NOTE.strip() not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(f"{text.rstrip()}\n\n### How to load\n\n{CARD_NOTE}", encoding="utf-8")
+        finish_card(Path(save_directory), self)
 
 
 def block_numbers(what: str, given: Any) -> list[int]:

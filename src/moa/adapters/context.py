@@ -62,7 +62,9 @@ class Forward:
             return gate
         if gate.shape[:-1] != like.shape[:-1]:
             if gate.numel() != like.shape[:-1].numel():
-                raise RuntimeError(f"gates of shape {tuple(gate.shape)} do not fit an expert's input {tuple(like.shape)}")
+                raise RuntimeError(
+                    f"gates of shape {tuple(gate.shape)} do not fit an expert's input {tuple(like.shape)}"
+                )
             gate = gate.reshape(*like.shape[:-1], 1)  # some MLPs flatten (batch, tokens)
         return gate.to(like.dtype)
 
@@ -74,7 +76,9 @@ class Forward:
             self.wide_input = (x, x.to(torch.float32))
         return self.wide_input[1]
 
-    def read(self, owner: int, x: Tensor, readers: Sequence[tuple[int, list[Tensor]]], dtype: torch.dtype) -> list[Tensor]:
+    def read(
+        self, owner: int, x: Tensor, readers: Sequence[tuple[int, list[Tensor]]], dtype: torch.dtype
+    ) -> list[Tensor]:
         """``x`` (..., in) through ``owner``'s first matrices, one (..., rank) each; who reads the same is served at once.
 
         Args:
@@ -88,6 +92,7 @@ class Forward:
             self.read_input = x
             self.read_outputs = {key: [next(outputs) for _ in matrices] for key, matrices in readers}
         return self.read_outputs[owner]
+
 
 class BlockContext(threading.local):
     """Where a block keeps its `Forward` of this thread; None while none is running."""

@@ -50,7 +50,9 @@ def document_starts(hidden: Tensor, arguments: dict[str, Any], mask: Any, tokens
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
         starts[:, 1:] |= (positions[:, 1:] <= positions[:, :-1]).expand(batch, -1)
-    lengths = next((arguments[name] for name in ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens") if name in arguments), None)
+    lengths = next(
+        (arguments[name] for name in ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens") if name in arguments), None
+    )
     if isinstance(lengths, Tensor):
         inner = lengths[(lengths > 0) & (lengths < length)].long()
         starts[:, inner] = True

@@ -22,7 +22,9 @@ from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
 from moa.adapters.placement import BlockPlan, plan_block
+from moa.adapters.sharding import refuse_sharded
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
+from moa.adapters.unsloth import refuse_unsloth
 
 
 class MoAModel(BaseTuner):
@@ -39,6 +41,8 @@ class MoAModel(BaseTuner):
         """As PEFT's. A ``state_dict`` is not needed to find the places: the configuration names them, and what is kept
         and saved of it is what this model can host.
         """
+        refuse_unsloth(model)
+        refuse_sharded(model)
         kwargs["state_dict"] = None
         self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)

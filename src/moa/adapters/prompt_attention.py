@@ -99,7 +99,9 @@ class _AddPrompt(torch.autograd.Function):
             _, gated = _shares(queries, prompt, gate, scaling)
             total = output.clone(memory_format=torch.contiguous_format)
             by_head = total.view(-1, *total.shape[-2:]).transpose(0, 1)
-            by_head.baddbmm_(gated.transpose(1, 2).to(total.dtype), per_head(prompt.value, len(queries)).to(total.dtype))
+            by_head.baddbmm_(
+                gated.transpose(1, 2).to(total.dtype), per_head(prompt.value, len(queries)).to(total.dtype)
+            )
         return total
 
     @staticmethod

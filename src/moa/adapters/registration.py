@@ -1,9 +1,9 @@
 """Making ``MOA`` a PEFT method like any other.
 
 PEFT keeps its methods in a closed enum and its public ``register_peft_method`` refuses names outside it, so the enum
-gets one more member first. Nothing of PEFT is replaced or patched; everything that PEFT looks up by method name
+gets one more member first. Nothing of PEFT is replaced or patched here; everything that PEFT looks up by method name
 (saving, loading, ``AutoPeftModel``, transformers' ``load_adapter``) then finds MoA. The one thing no registration can
-do is import us: ``import moa`` has to run before an adapter is loaded.
+do is import us: where the distribution is installed, ``moa_autoload`` does when an adapter is loaded.
 """
 
 from peft import PeftConfig

@@ -83,7 +83,7 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
                 h, scale = _hosts.saved(rows, "self"), _hosts.saved(rows, "other")
                 if h is not None and scale is not None and scale.shape[-1] == 1 and h.shape == tensor.shape:
                     dtype = tensor.dtype
-                    return Recipe(lambda w, h, s: (h * s).to(dtype).mul_(w), (factor, h, scale))
+                    return Recipe(lambda w, h, s, dtype=dtype: (h * s).to(dtype).mul_(w), (factor, h, scale))
     return None
 
 

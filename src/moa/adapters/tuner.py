@@ -103,5 +103,6 @@ class Attached(nn.Module, TunerLayer):
 
 MERGE_MESSAGE = (
     "a Mixture of Adapters cannot be merged into the base weights: its gates differ from token to token. Keep the "
-    "adapter beside the base model (save_pretrained, PeftModel.from_pretrained), or drop it with unload()."
+    "adapter beside the base model (save_pretrained, PeftModel.from_pretrained), or drop it with unload(). LoRA "
+    "experts without a router are plain LoRA, which merges: `moa export ADAPTER --to lora`."
 )

@@ -12,6 +12,7 @@ from moa.cli.demo import demo
 from moa.cli.env import env
 from moa.cli.errors import Commands, show_traces
 from moa.cli.evaluate import evaluate
+from moa.cli.export import export
 from moa.cli.generate import generate
 from moa.cli.import_reference import import_reference
 from moa.cli.inspect import inspect
@@ -48,5 +49,6 @@ app.add_typer(spans, name="spans")
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(export)
 app.command()(import_reference)
 app.command()(env)

@@ -10,7 +10,7 @@ import shutil
 import typer
 
 _PACKAGES = (
-    "moa",
+    "moa-lm",
     "torch",
     "transformers",
     "peft",

@@ -52,11 +52,12 @@ class Commands(TyperGroup):
 
 def report(error: Exception) -> int:
     """Print ``error`` for the user; returns the exit code."""
+    from moa.extras import MissingExtra
     from moa.training.stops import TrainingStopped
 
     if isinstance(error, TrainingStopped):
         code = error.exit_code
-    elif isinstance(error, OSError) or (isinstance(error, ValueError) and _on_purpose(error)):
+    elif isinstance(error, OSError | MissingExtra) or (isinstance(error, ValueError) and _on_purpose(error)):
         code = USER_MISTAKE
     else:
         Console(stderr=True).print_exception()

@@ -10,6 +10,7 @@ from typing import Any
 
 from moa.adapters.choices import check_range, nearest
 from moa.data.dialects import Row, convert
+from moa.extras import extra
 from moa.models import on_hub
 
 ROWS_PER_TASK = 1000
@@ -131,7 +132,8 @@ def _items(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_hub(source: str, split: str) -> list[Row]:
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
     try:

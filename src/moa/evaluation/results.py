@@ -9,15 +9,15 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from moa.evaluation.accuracy import Result
 from moa.evaluation.sets import EvaluationSet
+from moa.versions import versions
 
-PACKAGES = ("moa", "torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft")
 
 Outcome = tuple[EvaluationSet, Result]
 
@@ -35,7 +35,7 @@ def as_json(outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> dict[st
         "settings": dict(settings),
         "command": shlex.join(["moa", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(*PACKAGES) | {"python": platform.python_version()},
         "mean_accuracy": family_means(outcomes),
         "sets": {data.name: _set_as_json(data, result) for data, result in outcomes},
     }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from moa.extras import extra
+
+with extra("report"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
 _environment = Environment(
     loader=PackageLoader("moa.report", "templates"),

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from moa.training.checkpoints import WEIGHTS, checkpoints
 from moa.training.recipe import Recipe
 from moa.training.sft import train
 from moa.training.stops import Diverged
+from moa.versions import versions
 
 PROMPTS = 4  # of each test set, on which the routers are watched
 
@@ -74,7 +74,7 @@ def run(job: Job) -> dict[str, Any]:
     result |= _measure(job, folder) if diverged is None else _failed(job)
     result["seconds"] = {"train": trained_by - started, "evaluate": time.perf_counter() - trained_by}
     result["cpu_seconds"] = time.process_time()  # unlike the others, not longer on a busy machine
-    result["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    result["versions"] = versions(*PACKAGES) | {"python": platform.python_version()}
     shutil.rmtree(folder, ignore_errors=True)
     return result
 

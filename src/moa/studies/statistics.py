@@ -21,7 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from moa.extras import extra
+
+with extra("bench"):
+    from scipy import stats
 
 Matrix = NDArray[np.float64]
 LEVEL = 0.95

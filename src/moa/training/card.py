@@ -20,7 +20,7 @@ A Mixture of Adapters for `{base}`, trained with the library `moa`.
 
 ## Use
 
-`import moa` registers the method with PEFT and must come before the adapter is loaded.
+With `pip install moa-lm`, PEFT loads it like any other adapter.
 
 ```python
 {load}
@@ -34,8 +34,7 @@ Every setting is in `{recipe_file}`; `moa train {recipe_file}` repeats the run.
 """
 
 
-_LOAD_HUB = """import moa
-from peft import PeftModel
+_LOAD_HUB = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}")

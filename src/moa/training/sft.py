@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import set_seed
-from trl import SFTConfig
 
-from moa.adapters.auxiliary import auxiliary_scale
+from moa.adapters.config import MoAConfig
 from moa.data import example_tokens, form_of, load_rows
 from moa.data.tokens import Tokens, check_template
+from moa.extras import extra
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
@@ -23,10 +22,15 @@ from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
 from moa.training.output import check_output, check_same, clear_output, move_into
 from moa.training.recipe import Recipe
+from moa.training.routing import log_router
 from moa.training.spans import FILE_NAME as PLAN_NAME
 from moa.training.spans import plan_from, under
 from moa.training.stops import Interrupted
 from moa.training.trainer import Trainer
+
+with extra("train"):
+    import datasets
+    from trl import SFTConfig
 
 # Renamed in transformers 5; the old name still works there, with a warning.
 _NEW_NAME = "activation_checkpointing"
@@ -64,6 +68,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     if checkpoint:
         data.check(checkpoint)
     trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
+    if isinstance(trainer.model.active_peft_config, MoAConfig):  # a recipe may name a method of PEFT's own
+        log_router(trainer)
     if trainer.is_world_process_zero():
         _tell_sizes(trainer, examples, recipe.data.max_length)
     if trainer.is_world_process_zero():
@@ -74,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
         if resume:
             print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
     trainer.accelerator.wait_for_everyone()
-    with interrupt, auxiliary_scale(1 / recipe.gradient_accumulation_steps), under(model, plan):
+    with interrupt, under(model, plan):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from trl import SFTTrainer
 
+from moa.extras import extra
 from moa.training.checkpoints import WRITING, last_complete, publish, room_on_disk
 from moa.training.quantised import check_not_packed
 from moa.training.stops import Diverged, TrainingStopped
+
+with extra("train"):
+    from trl import SFTTrainer
 
 
 class Trainer(SFTTrainer):

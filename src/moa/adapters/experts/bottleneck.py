@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moa import _hosts
 from moa.adapters.context import Forward
 from moa.adapters.experts.base import ExpertLayer, as_tensor
-from moa.adapters.low_rank import add_product, rows, tiled, weighted, write
+from moa.adapters.low_rank import tiled, weighted, write
 
 
 class UpProjection(nn.Module):
@@ -89,7 +89,10 @@ class Quick:
         gate = now.gate(adapter, self.output, wide)
         if isinstance(gate, Tensor):
             delta, gate = delta * gate, 1.0
-        return y.add_(delta if delta.shape == y.shape else delta.view(y.shape), alpha=self.scaling if gate is None else gate * self.scaling)
+        return y.add_(
+            delta if delta.shape == y.shape else delta.view(y.shape),
+            alpha=self.scaling if gate is None else gate * self.scaling,
+        )
 
 
 class BottleneckLayer(ExpertLayer):

@@ -123,7 +123,11 @@ class PromptLayer(ExpertLayer):
 
     def _kept(self, now: Forward, adapter: str, query: Tensor, scaling: float) -> KeptPrompt:
         kept = self.kept.get(adapter)
-        if kept is None or self._starts_text(now.notes[id(self)], query) or not kept.is_current(self.moa_prompt[adapter].weight):  # type: ignore[arg-type]
+        if (
+            kept is None
+            or self._starts_text(now.notes[id(self)], query)
+            or not kept.is_current(self.moa_prompt[adapter].weight)
+        ):  # type: ignore[arg-type]
             sources = [*self.moa_prompt[adapter].parameters()]
             sources += [p for name, p in self.host.named_parameters() if ".moa_" not in f".{name}"]
             prompt = KeptPrompt.of(self._prompt(now, adapter), scaling)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.assets import base_path
+from moa.extras import extra
 from moa.spans.journal import read_lines
 
 FACTS = "facts:"
@@ -154,7 +155,8 @@ class Source:
                 f"source={self.source!r} is neither {FACTS}[FILE], nor {TASKS}NAME, nor a .jsonl file, nor "
                 "owner/name on the hub"
             )
-        from datasets import load_dataset
+        with extra("train"):
+            from datasets import load_dataset
 
         name, _, configuration = self.source.partition(":")
         return list(load_dataset(name, configuration or None, split=self.split))

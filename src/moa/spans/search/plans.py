@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from moa.spans.search.program import Choice, Program, native, program
 from moa.spans.search.solution import Goal, Solution
 from moa.spans.search.whole import solve_whole
 from moa.spans.shape import ModelShape
+from moa.versions import versions
 
 WHOLE = 4000  # binaries that HiGHS solves as they are
 FULL = Rule(0.0, 1.0)
@@ -243,11 +243,6 @@ def solver(problem: Program, tolerance: float = 0.005, seconds: float = 60.0) ->
     return solve
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that a plan depends on."""
-    return {name: version(name) for name in ("moa", "torch", "transformers", "scipy")}
-
-
 def _recorded(solve: Solver, journal: Journal) -> Solver:
     """A solver that answers from the journal what was solved before, in the same order."""
     known = iter(list(journal.entries))
@@ -298,7 +293,7 @@ def _candidate(
         "kv_density": {str(length): density for length, density in densities.items()},
         "layers": list(searched),
         "limits": asdict(limits),
-        "versions": versions(),
+        "versions": versions("torch", "transformers", "scipy"),
         **said,
     }
     return Candidate(plan, kind, losses, densities)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
-from scipy.sparse import csr_array
 
+from moa.extras import extra
 from moa.spans.search.program import Array, Choice, Program
 from moa.spans.search.solution import Goal, Solution, coupling
 from moa.spans.search.whole import solve_whole
+
+with extra("search"):
+    from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+    from scipy.sparse import csr_array
 
 ROUNDS = 100
 PICKED = 30  # columns of a layer that the integer program chooses from

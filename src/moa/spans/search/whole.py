@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, csr_array, hstack, identity, kron
 
+from moa.extras import extra
 from moa.spans.search.program import Program
 from moa.spans.search.solution import Goal, Solution, coupling
+
+with extra("search"):
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array, csr_array, hstack, identity, kron
 
 INFEASIBLE = 2
 

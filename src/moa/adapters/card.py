@@ -1,0 +1,56 @@
+"""The README.md beside a saved adapter, which PEFT starts as a form of empty headings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+if TYPE_CHECKING:
+    from moa.adapters.config import MoAConfig
+
+TAGS = ("mixture-of-adapters", "moa")
+FORM = "# Model Card for Model ID"
+
+LOAD = """## How to load
+
+With `pip install moa-lm`, PEFT loads this adapter like any other:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
+```
+"""
+
+
+def finish_card(folder: Path, config: MoAConfig) -> None:
+    """Complete a card that PEFT may have written in ``folder``: tags, what is mixed, how to load.
+
+    What a person wrote stays; PEFT's empty form is replaced.
+    """
+    file = folder / "README.md"
+    if not file.is_file():
+        return
+    card = ModelCard.load(file)
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
+    if FORM in card.text:
+        card.text = f"\n# Mixture of Adapters\n\n{_summary(config)}\n\n{LOAD}"
+    elif LOAD not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{LOAD}"
+    card.save(file)
+
+
+def _summary(config: MoAConfig) -> str:
+    """What is mixed, as a list."""
+    lines = [f"- expert `{expert.kind}`: {_changed(expert)}" for expert in config.experts]
+    router = "none, every expert is simply added" if config.router is None else _changed(config.router)
+    return "\n".join([*lines, f"- router: {router}", f"- gating `{config.gating.kind}`: {_changed(config.gating)}"])
+
+
+def _changed(part: Any) -> str:
+    """The settings of an expert, router or gating that are plain values."""
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float | str | list))
