@@ -36,8 +36,9 @@ def uses_interface(attention: nn.Module) -> bool:
 
 
 def _function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    if implementation in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[implementation]
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if function is not None:
+        return function  # type: ignore[no-any-return]
     for cls in type(attention).__mro__:  # 'eager' is not registered: every modeling file has its own
         function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if function is not None:
@@ -49,7 +50,7 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        guests = [child for child in _hosts.children(module).values() if hasattr(child, "after_attention")]
+        guests: list[Any] = [child for child in _hosts.children(module).values() if hasattr(child, "after_attention")]
         for guest in guests:
             now = guest.context.forward
             if now is not None and now.bypassed:  # a guest is asking for its own keys and values

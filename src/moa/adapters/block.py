@@ -65,7 +65,7 @@ class Mixture(RouterLayer):
             self.keep(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))  # type: ignore[union-attr]
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), called with ``args`` and ``kwargs``."""
+        """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
         now = self.context.open(hidden, self.training)
         past = None
         if self._needs_text():

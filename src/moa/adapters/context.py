@@ -58,7 +58,7 @@ class Forward:
         if output is None:
             return None
         gate = self.gates[adapter][output]
-        if isinstance(gate, float):
+        if gate is None or isinstance(gate, float):
             return gate
         if gate.shape[:-1] != like.shape[:-1]:
             if gate.numel() != like.shape[:-1].numel():
@@ -79,7 +79,7 @@ class Forward:
     def read(
         self, owner: int, x: Tensor, readers: Sequence[tuple[int, list[Tensor]]], dtype: torch.dtype
     ) -> list[Tensor]:
-        """``x`` (..., in) through ``owner``'s first matrices, one (..., rank) each; who reads the same is served at once.
+        """``x`` (..., in) through ``owner``'s first matrices, one (..., rank) each, and those of all ``readers``.
 
         Args:
             owner: which of ``readers``.

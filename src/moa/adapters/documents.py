@@ -1,9 +1,9 @@
 """Which tokens of a block's forward are text, and where documents begin among them.
 
 What is carried from token to token (a running mean) must not cross the border between two documents that were packed
-into one row, however the border is marked: by position ids that start again, by cumulative lengths, or by a mask through
-which a token sees nothing before itself. All are read off the block's own arguments, so that a recomputed forward finds
-those of its own batch.
+into one row, however the border is marked: by position ids that start again, by cumulative lengths, or by a mask
+through which a token sees nothing before itself. All are read off the block's own arguments, so that a recomputed
+forward finds those of its own batch.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ class Gates(NamedTuple):
 
 
 def _wide(logits: Tensor) -> Tensor:
+    if logits.dtype is torch.float32:
+        return logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -199,7 +201,7 @@ class Threshold(Gating):
         return self.gamma_max * torch.sigmoid(_wide(threshold_logit))
 
     def load(self, gates: Gates) -> tuple[Tensor, Tensor]:
-        """As for every rule that selects; sigmoid scores are divided by their sum, or all would be pushed down alike."""
+        """As for every rule that selects; sigmoids are divided by their sum, or all would be pushed down alike."""
         share, mean = super().load(gates)
         return (share, _sum_to_one(gates.scores).mean(0)) if self.score == "sigmoid" else (share, mean)
 

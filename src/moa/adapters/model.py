@@ -168,7 +168,7 @@ def share_inputs(mixture: Mixture) -> None:
         layer.readers = (layer,)
     for roles in SAME_INPUT:
         for width in {layer.place.in_features for layer in layers if layer.role in roles}:
-            together = tuple(l for l in layers if l.role in roles and l.place.in_features == width)
+            together = tuple(m for m in layers if m.role in roles and m.place.in_features == width)
             for layer in together:
                 layer.readers = together
             if roles[0] == "q" and width == mixture.in_features:

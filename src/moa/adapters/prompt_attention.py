@@ -2,8 +2,8 @@
 
 ``o' = o + w * (head_gate * softmax(q K_p^T * scaling)) V_p`` (LLaMA-Adapter, eq. 5; official `llama.py:480-510`).
 
-In memory the prompt comes before the tokens, (heads, prompt, n): a softmax over ten numbers that lie side by side is not
-vectorised on CPUs, one over ten rows is. Backward computes the shares again; kept are ``q``, which the text's own
+In memory the prompt comes before the tokens, (heads, prompt, n): a softmax over ten numbers that lie side by side is
+not vectorised on CPUs, one over ten rows is. Backward computes the shares again; kept are ``q``, which the text's own
 attention keeps anyway, and the narrow tensors.
 """
 
@@ -107,8 +107,9 @@ class _AddPrompt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """With shares ``p`` and gates ``c = head_gate * g``: ``d p = c * dw`` and ``d s = p * (d p - sum(p * d p))``, where
-        ``dw = grad V^T``; ``c`` is the same for all of a query's prompt tokens: ``d s = gated * (dw - sum(dw * p))``.
+        """With shares ``p``, gates ``c = head_gate * g`` and ``dw = grad V^T``: ``d p = c * dw``, and of the softmax
+        ``d s = p * (d p - sum(p * d p))``. As ``c`` is the same for all of a query's prompt tokens, this is
+        ``gated * (dw - sum(dw * p))``.
         """
         query, key, value, head_gate, weights = ctx.saved_tensors
         prompt, queries, gate = _cast(query, key, value, head_gate, weights)
@@ -170,9 +171,12 @@ class KeptPrompt(NamedTuple):
     def add_to(self, output: Tensor, query: Tensor, weights: float | Tensor | None) -> Tensor:
         """As `add_prompt`, in place of ``output``, for one weight per token."""
         batch, heads, length, width = query.shape
-        queries = query.transpose(0, 1).reshape(heads, batch * length, width).to(self.key.dtype)
+        one = batch * length == 1  # decoding one row: nothing has to change places
+        queries = query.reshape(heads, 1, width) if one else query.transpose(0, 1).reshape(heads, -1, width)
+        if queries.dtype is not self.key.dtype:
+            queries = queries.to(self.key.dtype)
         added = torch.bmm(torch.softmax(torch.bmm(queries, self.key), dim=-1), self.value)
-        added = added.view(heads, batch, length, -1).permute(1, 2, 0, 3)
+        added = added.view(output.shape) if one else added.view(heads, batch, length, -1).permute(1, 2, 0, 3)
         if isinstance(weights, Tensor):
             return output.add_(added * weights.unsqueeze(-1))
         return output.add_(added, alpha=1.0 if weights is None else weights)

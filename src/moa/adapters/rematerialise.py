@@ -38,7 +38,8 @@ class Saver:
     """A pair of hooks on saved tensors, on top of ``outer``."""
 
     def __init__(self, outer: tuple[Any, Any] | None):
-        self._pack, self._unpack = outer or (_same, _same)
+        self._pack: Callable[[Tensor], Any] = outer[0] if outer else _same
+        self._unpack: Callable[[Any], Any] = outer[1] if outer else _same
 
     def pack(self, tensor: Tensor) -> Any:
         recipe = recipe_of(tensor)

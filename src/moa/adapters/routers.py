@@ -70,12 +70,14 @@ class RouterLayer(Attached):
         self.moa_w3 = nn.ModuleDict()
         self.moa_threshold = nn.ModuleDict()
         self.gating: dict[str, Gating] = {}
+        self._inputs: dict[str, list[nn.Linear]] = {}
 
     def add_router(self, adapter: str, router: Router, gating: Gating, n_outputs: int) -> None:
         """Create the weights for ``adapter``: linear layers' default initialisation, biases of a SwiGLU zero, and
         ``initial_logit`` on top.
         """
         self.gating[adapter] = gating
+        self._inputs.pop(adapter, None)
         hidden = router.hidden_per_expert * n_outputs
         if hidden:
             self.moa_w1[adapter] = nn.Linear(self.in_features, hidden, bias=router.bias)
@@ -105,8 +107,10 @@ class RouterLayer(Attached):
 
     def input_layers(self, adapter: str) -> list[nn.Linear]:
         """What reads the router's input: w1 and w3, or w2 if it is linear, then the threshold's layer if it has one."""
-        containers = [self.moa_w1, self.moa_w3] if adapter in self.moa_w1 else [self.moa_w2]
-        return [container[adapter] for container in (*containers, self.moa_threshold) if adapter in container]  # type: ignore[misc]
+        if adapter not in self._inputs:
+            first = [self.moa_w1, self.moa_w3] if adapter in self.moa_w1 else [self.moa_w2]
+            self._inputs[adapter] = [layers[adapter] for layers in (*first, self.moa_threshold) if adapter in layers]  # type: ignore[misc]
+        return self._inputs[adapter]
 
     def forward(self, features: Tensor, adapter: str, tokens: Tensor | None = None) -> Gates:
         """Route.
@@ -119,10 +123,10 @@ class RouterLayer(Attached):
         Returns:
             `Gates`, each tensor (batch, tokens, outputs).
         """
-        first = self._first(features, adapter)
-        threshold = first.pop() if adapter in self.moa_threshold else None
-        logits = self._second(F.silu(first[0]) * first[1], adapter) if adapter in self.moa_w1 else first[0]
         gating = self.gating[adapter]
+        first = self._first(features, adapter)
+        threshold = first.pop() if gating.learns_threshold else None
+        logits = first[0] if len(first) == 1 else self._second(F.silu(first[0]) * first[1], adapter)
         if gating.selects and logits.device.type == "cpu" and self.is_few:
             return gating.of_few(logits, threshold)
         gates = gating(logits, threshold)

@@ -76,8 +76,8 @@ class PromptLayer(ExpertLayer):
     """Weights: ``moa_prompt``, a `PromptTokens`.
 
     Attributes:
-        kept: adapter -> its keys and values, for the tokens that follow a prefill. Made anew by every forward that starts
-            a text, dropped by every forward with gradients, and left alone only while no weight has changed.
+        kept: adapter -> its keys and values, for the tokens that follow a prefill. Made anew by every forward that
+            starts a text, dropped by every forward with gradients, and left alone only while no weight has changed.
     """
 
     config = PromptExpert
@@ -96,7 +96,7 @@ class PromptLayer(ExpertLayer):
         self.moa_prompt[adapter] = PromptTokens(length, self.place.in_features, heads, init_weights)
 
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
-        """``x`` are the queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads, width)."""
+        """``x`` are queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads, width)."""
         now = self.context.now
         return prompt_alone(x, self._prompt(now, adapter), now.notes["scaling"], weights)
 
