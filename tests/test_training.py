@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, GenerationMixin, TrainerCallback
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
-from moa.adapters import auxiliary
 from moa.cli import app
 from moa.data import prompt_of, prompt_text, prompt_tokens
 from moa.evaluation import models
@@ -174,15 +173,6 @@ def test_a_batch_without_any_answer_has_loss_zero(recipe, monkeypatch):
     recipe.max_steps = 1
     sft.train(recipe)
     assert [loss.item() for loss in losses] == [0.0] * recipe.gradient_accumulation_steps
-
-
-def test_auxiliary_losses_are_scaled_by_accumulation(recipe, monkeypatch):
-    scales = []
-    with_callback(monkeypatch, At(0, lambda: scales.append(auxiliary._scale)))
-    recipe.max_steps = 1
-    sft.train(recipe)
-    assert scales == [1 / recipe.gradient_accumulation_steps]
-    assert auxiliary._scale == 1
 
 
 def test_vectors_and_biases_have_no_weight_decay(recipe, monkeypatch):

@@ -61,11 +61,11 @@ def test_supervised_fine_tuning_trains_the_mixture_and_only_it(reentrant, tmp_pa
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_balancing_acts_in_training_and_leaves_the_reported_loss_alone(reentrant, tmp_path):
+def test_an_auxiliary_loss_acts_in_training_and_leaves_the_reported_loss_alone(reentrant, tmp_path):
     """TRL recomputes the loss from the logits, so a term added to the model's own loss would be lost."""
 
-    def run(balance):
-        config = tiny_config(gating=moa.Threshold(balance=balance))
+    def run(z_loss):
+        config = tiny_config(gating=moa.Threshold(z_loss=z_loss))
         checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         # The update follows the sign of Adam's gradient; plain SGD shows its size.
         trainer, before = fine_tune(tmp_path, config, optim="sgd", max_grad_norm=0.0, **checkpointing)
@@ -73,9 +73,9 @@ def test_balancing_acts_in_training_and_leaves_the_reported_loss_alone(reentrant
         return losses(trainer)[0], adapter_tensors(trainer.model)[name] - before[name]
 
     plain_loss, plain = run(0.0)
-    loss, balanced = run(1.0)
+    loss, pushed = run(1.0)
     assert loss == plain_loss
-    assert not torch.allclose(balanced, plain, atol=1e-3)
+    assert not torch.allclose(pushed, plain, atol=1e-3)
 
 
 def test_preference_optimisation_takes_the_disabled_adapter_as_its_reference(tmp_path):

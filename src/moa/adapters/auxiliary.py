@@ -77,17 +77,24 @@ def _share_of_tokens(arguments: dict[str, Any]) -> float | Tensor:
     return (labels[..., 1:] != -100).sum() / total
 
 
+NOT_OF_PROBABILITIES = 0.05  # share of a gradient that rounding to bfloat16 leaves when it should sum to zero
+
+
 def weight_in_cross_entropy(logits: Tensor, grad: Tensor) -> Tensor:
     """Sum over tokens of the weights ``w`` that their cross-entropies have in a loss, a scalar.
 
     Cross-entropy's gradient is ``w (p - onehot)``. Its absolute values sum to ``2 w (1 - p_label)``, and the label is
     where it is largest, so that ``w`` follows without knowing labels. Taken over all tokens at once, since a token that
-    is predicted for certain tells nothing alone. Exact for equal weights; of a loss of another kind it keeps every
-    factor that the loss is multiplied by.
+    is predicted for certain tells nothing alone. Exact for equal weights; other losses that are made of probabilities
+    keep every factor that they are multiplied by. Of a loss that is not, nothing can be told (its gradient does not sum
+    to zero over the vocabulary), and it counts as one.
     """
     logits, grad = logits.flatten(0, -2), grad.flatten(0, -2)
     size = grad.abs()
-    told = size.sum(-1) > 0
+    total = size.sum(-1)
+    told = total > 0
+    if grad.sum(-1).abs().sum() > NOT_OF_PROBABILITIES * total.sum():
+        return grad.new_ones(())
     label = size.argmax(-1, keepdim=True)
     log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     missing = -torch.expm1(log_p.gather(-1, label)).squeeze(-1)

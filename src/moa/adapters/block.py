@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters.architectures import BlockView
-from moa.adapters.context import BlockContext, Forward, Gate, bound_arguments, parameters_of_forward
+from moa.adapters.context import BlockContext, Forward, Gate, Reading, bound_arguments, parameters_of_forward
 from moa.adapters.gating import Gates
 from moa.adapters.rematerialise import rematerialised
 from moa.adapters.routers import Router, RouterLayer
@@ -66,7 +66,7 @@ class Mixture(RouterLayer):
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
-        now = self.context.open(hidden, self.training)
+        now = self.context.open(hidden, self.host.training)
         past = None
         if self._needs_text():
             arguments = bound_arguments(parameters, args, kwargs)
@@ -97,10 +97,11 @@ class Mixture(RouterLayer):
         router = self.router[adapter]
         if router.input != "attention" or router.level != "token" or torch.compiler.is_compiling():
             return super()._read(features, adapter, matrices)
-        readers = [(id(self), list(matrices))]
+        me = (id(self), adapter)
+        readers: list[Reading] = [(me, list(matrices))]
         for layer in self.beside:
             readers += layer.reader(adapter)
-        return self.context.now.read(id(self), features, readers, features.dtype)
+        return self.context.now.read(me, features, readers, features.dtype)
 
     def keep(self, handle: Any) -> None:
         """Remove a hook's ``handle`` when the mixture is taken off."""

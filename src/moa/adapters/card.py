@@ -52,5 +52,5 @@ def _summary(config: MoAConfig) -> str:
 
 def _changed(part: Any) -> str:
     """The settings of an expert, router or gating that are plain values."""
-    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "optional"}
     return ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float | str | list))

@@ -23,6 +23,13 @@ Weights: TypeAlias = float | Tensor | None
 """What multiplies an expert's update: a `Gate`, or (..., copies) for an expert of several copies."""
 
 
+Reader: TypeAlias = tuple[int, str]
+"""Who reads an input: the identity of a layer, and one of its adapters."""
+
+Reading: TypeAlias = tuple[Reader, list[Tensor]]
+"""A reader and its first matrices, each (rank, in)."""
+
+
 class Forward:
     """One block's forward that is running.
 
@@ -46,7 +53,7 @@ class Forward:
         self.notes: dict[Any, Any] = {}
         self.bypassed = False
         self.read_input: Tensor | None = None
-        self.read_outputs: dict[int, list[Tensor]] = {}
+        self.read_outputs: dict[Reader, list[Tensor]] = {}
         self.wide_input: tuple[Tensor, Tensor] | None = None
 
     def gate(self, adapter: str, output: int | None, like: Tensor) -> Gate:
@@ -76,22 +83,21 @@ class Forward:
             self.wide_input = (x, x.to(torch.float32))
         return self.wide_input[1]
 
-    def read(
-        self, owner: int, x: Tensor, readers: Sequence[tuple[int, list[Tensor]]], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """``x`` (..., in) through ``owner``'s first matrices, one (..., rank) each, and those of all ``readers``.
+    def read(self, reader: Reader, x: Tensor, readers: Sequence[Reading], dtype: torch.dtype) -> list[Tensor]:
+        """``x`` (..., in) through the first matrices of ``reader``, one (..., rank) each, and of everybody beside it.
 
         Args:
-            owner: which of ``readers``.
+            reader: one of ``readers``.
             x: the input.
-            readers: everybody who is likely to read this very tensor, with the matrices (rank, in) of each.
+            readers: all who are likely to read this very tensor; they will find their part here.
             dtype: to compute in.
         """
-        if self.read_input is not x or owner not in self.read_outputs:
+        if self.read_input is not x:
+            self.read_input, self.read_outputs = x, {}
+        if reader not in self.read_outputs:
             outputs = iter(read(x, [matrix for _, matrices in readers for matrix in matrices], dtype))
-            self.read_input = x
-            self.read_outputs = {key: [next(outputs) for _ in matrices] for key, matrices in readers}
-        return self.read_outputs[owner]
+            self.read_outputs |= {key: [next(outputs) for _ in matrices] for key, matrices in readers}
+        return self.read_outputs[reader]
 
 
 class BlockContext(threading.local):

@@ -1,9 +1,10 @@
 """Not keeping for backward what one pass over memory makes again: activations of MLPs, and what RMS norms put out.
 
-Autograd keeps, of ``silu(gate) * up``, the gate, its activation and ``up``; an expert on ``down`` then keeps the product
-besides, and one on q, k or v what the norm made of ``h``, which the norm keeps itself. Inside of a routed block a hook on saved tensors recognises such tensors by the function that made them and
-keeps a recipe instead: which saved tensors to apply which function to. It works for every family whose MLP is written
-with torch's activations, whoever made its linear layers, and passes everything else on to the hooks that were there.
+Autograd keeps, of ``silu(gate) * up``, the gate, its activation and ``up``; an expert on ``down`` then keeps the
+product besides, and one on q, k or v what the norm made of ``h``, which the norm keeps itself. Inside of a routed block
+a hook on saved tensors recognises such tensors by the function that made them and keeps a recipe instead: which
+tensors, that are kept anyway, to apply which function to. It works for every family whose MLP is written with torch's
+activations, whoever made its linear layers, and hands everything else to the hooks that were there before.
 
 Off under activation checkpointing, which keeps nothing of a block anyway and counts what is saved, and while compiling.
 """

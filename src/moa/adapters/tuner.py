@@ -55,7 +55,8 @@ class Attached(nn.Module, TunerLayer):
         return [adapter for adapter in active if adapter in container]
 
     def finish_adapter(self, adapter: str, inference_mode: bool) -> None:
-        """After an adapter's weights were created: device and dtype of the host, trainable only if active."""
+        """After an adapter's weights were created: device, dtype and mode of the host, trainable only if active."""
+        self.train(self.host.training)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

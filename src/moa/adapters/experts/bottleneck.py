@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa import _hosts
-from moa.adapters.context import Forward
+from moa.adapters.context import Forward, Reading
 from moa.adapters.experts.base import ExpertLayer, as_tensor
-from moa.adapters.low_rank import tiled, weighted, write
+from moa.adapters.low_rank import read, tiled, weighted, write
 
 
 class UpProjection(nn.Module):
@@ -136,9 +136,9 @@ class BottleneckLayer(ExpertLayer):
         weights = as_tensor(self.weights(now, adapter, x), x)
         if factors.dropout is None:
             readers = [reader for layer in self.readers for reader in layer.reader(adapter)]
-            (low,) = now.read(id(self), x, readers, y.dtype)
+            (low,) = now.read((id(self), adapter), x, readers, y.dtype)
         else:
-            (low,) = now.read(id(self), factors.dropout(x), [(id(self), [factors.first.weight])], y.dtype)
+            (low,) = read(factors.dropout(x), [factors.first.weight], y.dtype)
         weights = None if weights is None else weights.to(low.dtype)
         if factors.first.bias is not None:
             low = low + factors.first.bias.to(low.dtype)
@@ -178,14 +178,14 @@ class BottleneckLayer(ExpertLayer):
         self.quick.pop(adapter, None)
         super().add_adapter(adapter, *args, **kwargs)
 
-    def reader(self, adapter: str) -> list[tuple[int, list[Tensor]]]:
-        """Itself as one of `BlockContext.read`'s readers; empty if it cannot be served beside others."""
+    def reader(self, adapter: str) -> list[Reading]:
+        """Itself as one of `Forward.read`'s readers; empty if it cannot be served beside others."""
         if adapter not in self.enabled():
             return []
         factors = self.factors(adapter)
         if factors.dropout is not None or _hosts.is_watched(factors.first):
             return []
-        return [(id(self), [factors.first.weight])]
+        return [((id(self), adapter), [factors.first.weight])]
 
     @staticmethod
     def _inner(factors: Factors, low: Tensor, weights: Tensor | None) -> Tensor:
