@@ -41,8 +41,10 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, factor_of: Callable[[Tensor, Tensor], Tensor], keep: bool) -> Tensor:
         ctx.factor_of = factor_of
-        ctx.save_for_backward(output if keep else output.new_empty(0))
-        return output.view_as(output)
+        # Trainers scale losses and logits in place: kept are the numbers, without a count of changes, and what comes
+        # out is no view, which autograd would forbid to change.
+        ctx.save_for_backward(output.data if keep else output.new_empty(0))
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -32,8 +32,6 @@ class Gates(NamedTuple):
 
 
 def _wide(logits: Tensor) -> Tensor:
-    if logits.dtype is torch.float32:
-        return logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -189,8 +187,9 @@ class Threshold(Gating):
         scores = torch.sigmoid(logits) if self.score == "sigmoid" else torch.softmax(logits, dim=-1)
         threshold = self.threshold(scores, threshold_logit)
         weights = ESTIMATORS[self.train_threshold](scores, threshold)
-        # AdaMoLE balances the part of the score above the threshold, MoA (no such loss upstream) the score itself.
-        balanced = scores - threshold if self.train_threshold == "shifted" else scores
+        # AdaMoLE balances the part of the score above the threshold, MoA (no such loss upstream) the score itself: see
+        # `load`, whose division needs scores that are positive.
+        balanced = scores - threshold if self.train_threshold == "shifted" and self.score == "softmax" else scores
         return Gates(_sum_to_one(weights) if self.renormalise else weights, balanced, threshold)
 
     def threshold(self, scores: Tensor, threshold_logit: Tensor | None) -> Tensor:
@@ -201,7 +200,7 @@ class Threshold(Gating):
         return self.gamma_max * torch.sigmoid(_wide(threshold_logit))
 
     def load(self, gates: Gates) -> tuple[Tensor, Tensor]:
-        """As for every rule that selects; sigmoids are divided by their sum, or all would be pushed down alike."""
+        """As for every rule that selects; sigmoid scores are divided by their sum, or all would be pushed down."""
         share, mean = super().load(gates)
         return (share, _sum_to_one(gates.scores).mean(0)) if self.score == "sigmoid" else (share, mean)
 
