@@ -32,6 +32,8 @@ def text_positions(hidden: Tensor, mask: Any, seen: Any) -> Tensor | None:
     if mask.dim() == 2:
         return mask[:, seen : seen + length].bool()
     visible = _visible(mask)
+    if visible.shape[-2] != length:  # one row of keys for all queries: padding alone, causality is elsewhere
+        return visible[:, 0, seen : seen + length].expand(batch, length)
     return visible.gather(-1, _own_key(visible, seen).expand(*visible.shape[:-1], 1)).squeeze(-1).expand(batch, length)
 
 
@@ -56,7 +58,7 @@ def document_starts(hidden: Tensor, arguments: dict[str, Any], mask: Any, tokens
     if isinstance(lengths, Tensor):
         inner = lengths[(lengths > 0) & (lengths < length)].long()
         starts[:, inner] = True
-    if isinstance(mask, Tensor) and mask.dim() == 4:
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2] == length:
         starts |= _sees_nothing_before(_visible(mask), seen).expand(batch, length)
     elif mask is not None and not isinstance(mask, Tensor) and length > 1:
         queries = torch.arange(1, length, device=hidden.device)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from moa.adapters.documents import document_starts, text_positions
 
@@ -81,16 +82,37 @@ def means_of(past: Any, blocks: int) -> RunningMeans:
     for layer in reversed(past.layers):
         if isinstance(layer, RunningMeans):
             return layer
+    if type(past).__len__ is not Cache.__len__:  # it has layers of its own beside these, and would be led astray
+        raise ValueError(
+            f"instance-level routing cannot keep its state on a {type(past).__name__}. Use a router with level='token' "
+            "or use_cache=False"
+        )
     while len(past.layers) < blocks:  # a cache that makes its layers when they are first needed
         past.layers.append(past.layer_class_to_replicate())
     past.layers.append(RunningMeans(getattr(past.layers[0], "is_sliding", False)))
     return past.layers[-1]  # type: ignore[no-any-return]
 
 
-def seen_tokens(past: Any, block: int) -> Any:
-    """How many tokens the cache holds for a block: a number, or a tensor of one where shapes are static."""
-    seen = 0 if past is None else past.get_seq_length(block)
-    return seen if torch.compiler.is_compiling() else int(seen)
+def seen_tokens(past: Any, block: int, length: int) -> Any:
+    """How many tokens came before the ``length`` of this forward: a number, or a tensor of one if shapes are static.
+
+    In hybrid models some layers of a cache do not count. Then one that comes later in the forward says it, which has
+    not been told of this forward's tokens yet, or else an earlier one, which has.
+    """
+    if past is None:
+        return 0
+    layers = [index for index, layer in enumerate(past.layers) if not isinstance(layer, RunningMeans)]
+    after, before = layers[block:], layers[:block][::-1]
+    if not after and not before:
+        return 0
+    for index in (*after, *before):
+        try:
+            seen = past.get_seq_length(index)
+        except ValueError:  # no attention there
+            continue
+        seen = seen - length if index < block else seen
+        return seen if torch.compiler.is_compiling() else int(seen)
+    raise ValueError(f"instance-level routing cannot follow a {type(past).__name__}: none of its layers counts tokens")
 
 
 class Text(NamedTuple):
@@ -114,7 +136,7 @@ def text_of(hidden: Tensor, arguments: dict[str, Any], mask_hides: bool, block: 
     mask = arguments.get("attention_mask")
     if mask_hides and mask is not None:
         mask = ~mask
-    seen = seen_tokens(arguments.get("past_key_values"), block)
+    seen = seen_tokens(arguments.get("past_key_values"), block, hidden.shape[1])
     tokens = text_positions(hidden, mask, seen)
     return Text(tokens, document_starts(hidden, arguments, mask, tokens, seen))
 
@@ -154,7 +176,7 @@ def pool(features: Tensor, level: str, text: Text, past: Any, key: tuple[int, st
 
 def _continued(sums: Tensor, starts: Tensor | None, past: Any, key: tuple[int, str], blocks: int) -> Tensor:
     """``sums`` with those of earlier forwards on this cache, which keeps the new ones."""
-    means, seen = means_of(past, blocks), seen_tokens(past, key[0])
+    means, seen = means_of(past, blocks), seen_tokens(past, key[0], sums.shape[1])
     state = means.states.get(key)
     if isinstance(seen, Tensor):  # compiled with static shapes: nothing here may depend on a number
         if state is not None:
@@ -188,7 +210,7 @@ def _at(state: Sums, seen: int) -> Tensor | None:
 def _reference_mean(features: Tensor, past: Any, key: tuple[int, str], blocks: int) -> Tensor:
     """The official mean over everything, kept while decoding (`LLaMA3_soft_moa_instance/llama/llama.py`)."""
     states = {} if past is None else means_of(past, blocks).states
-    if past is not None and seen_tokens(past, key[0]) > 0 and key in states:
+    if past is not None and seen_tokens(past, key[0], features.shape[1]) > 0 and key in states:
         mean = states[key].sums
     else:
         mean = features.mean(1, keepdim=True)
