@@ -227,7 +227,7 @@ def uses_interface(module: nn.Module) -> bool:
 def _virtual_tokens(model: Any) -> int:
     """Tokens that PEFT's prompt tuning puts before the prompt, of which ``generate`` knows nothing."""
     owner = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's model while it generates
-    config = getattr(owner, "active_peft_config", None)
+    config: Any = getattr(owner, "active_peft_config", None)
     return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
