@@ -3,11 +3,11 @@
     python benchmarks/span_facts.py --work runs/span-facts --base smollm2 \\
         --plans smollm2-spans/density-0.5/span_plan.json smollm2-spans/density-0.25/span_plan.json
 
-Every plan is measured at every length beside the dense model and a uniform window of as many bytes: the share of
-answers that are right to the last digit (given the answer's beginning and the digits before), their loss, and the
+Every plan is measured at every length beside the dense model and a uniform window of at least as many bytes: the share
+of answers that are right to the last digit (given the answer's beginning and the digits before), their loss, and the
 perplexity of running text. Facts, questions and keys (`FORMS`) are other ones than those of `moa.tasks.facts`, and the
 text is Python's own reference manual. Every cell is written at once, so that a stopped run continues. Differences to
-dense and to the uniform window are paired by text, with 95 % bootstrap intervals over texts.
+dense are paired by text, with 95 % bootstrap intervals over texts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from moa.evaluation.results import write
 from moa.evaluation.retrieval import perplexity
 from moa.spans import SpanPlan, apply_spans
-from moa.spans.baselines import uniform_window
+from moa.spans.baselines import BLOCK, uniform_window
 from moa.spans.evidence.conversation import conversation, token_ids
 from moa.spans.evidence.items import Item, answers_kept, predicted
 from moa.spans.evidence.sources import Passage, Turn
@@ -95,7 +95,8 @@ def cells_at(model: Any, tokenizer: Any, length: int, args: argparse.Namespace) 
     for path in args.plans:
         found = SpanPlan.load(path)
         name = path.parent.name if path.stem == "span_plan" else f"{path.parent.name}/{path.stem}"
-        methods += [(name, found), (f"uniform beside {name}", uniform_window(model, found.kv_density(length), length))]
+        share = -(-found.kv_density(length) * length // BLOCK) * BLOCK / length  # whole blocks, rounded up
+        methods += [(name, found), (f"uniform beside {name}", uniform_window(model, min(share, 1.0), length))]
     cells = []
     for name, plan in methods:
         file = args.work / f"{length}-{texts}-{args.seed}-{name.replace('/', '-').replace(' ', '-')}.json"

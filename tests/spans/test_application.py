@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import PromptTuningConfig, get_peft_model
 from planned import BLOCK, FAMILIES, KV_HEADS, LAYERS, SINK, by_definition, decoded, ids, logits, mixed_plan, tiny
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
@@ -396,6 +397,15 @@ def test_a_prompt_given_as_embeddings_has_the_same_length() -> None:
     close(torch.stack(by_vectors.logits), torch.stack(by_ids.logits))
     close(torch.stack(turns[0].logits), torch.stack(turns[1].logits))
     assert cache_bytes(turns[0].past_key_values) == cache_bytes(turns[1].past_key_values)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_virtual_tokens_of_prompt_tuning_count() -> None:
+    model, plan = tiny(), mixed_plan()
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)).eval()
+    with apply_spans(tuned, plan):
+        output = tuned.generate(input_ids=ids(length=30), max_new_tokens=10, return_dict_in_generate=True)
+    assert cache_bytes(output.past_key_values) == plan.kv_bytes(model, 46, batch=2)
 
 
 def test_threads_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

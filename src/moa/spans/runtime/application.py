@@ -163,7 +163,7 @@ class AppliedSpans:
             result = original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             if (cache := model_kwargs.get("past_key_values")) is not None:
                 # The last token is in no cache. `max_length` would not count a prompt that is given as embeddings.
-                fit(cache, self, max_cache_length + 1)
+                fit(cache, self, max_cache_length + 1 + _virtual_tokens(model))
             return result
 
         return prepare
@@ -222,6 +222,13 @@ def uses_interface(module: nn.Module) -> bool:
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return True
     return False
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Tokens that PEFT's prompt tuning puts before the prompt, of which ``generate`` knows nothing."""
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's model while it generates
+    config: Any = getattr(owner, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def _check_model(plan: SpanPlan, model: PreTrainedModel) -> None:
