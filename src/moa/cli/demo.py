@@ -63,14 +63,15 @@ def show(recipe: Recipe, rows: int, console: Console) -> None:
     disable_progress_bar()  # of loading weights, which takes a moment here
     started = time.monotonic()
     data = parts.test_set(rows, recipe.seed)
-    told = f"told the task in full and shown {parts.SOLVED} solved requests"
-    console.print(Rule(f"1/4  before: {recipe.base} as it is, {told}", align="left"))
+    console.print(Rule(f"1/4  before: {recipe.base} as it is", align="left"))
+    console.print(f"It is told the task in full and shown {parts.SOLVED} solved requests.")
     before = _measure(recipe, data, None, console)
     console.print(Rule(f"2/4  fine-tuning with Soft MoA on {recipe.data.limit} requests", align="left"))
     training = time.monotonic()
     adapter = train(recipe, overwrite=True)
     console.print(f"trained in {time.monotonic() - training:.0f} seconds")
-    console.print(Rule("3/4  after: the same requests, with the adapter and one sentence", align="left"))
+    console.print(Rule("3/4  after: the same requests, with the adapter", align="left"))
+    console.print("It is told the task in one sentence.")
     after = _measure(recipe, data, adapter, console)
     parts.keep(recipe, data, adapter, before=before, after=after)
     console.print(comparison(before, after))
@@ -148,7 +149,7 @@ def _examples(data: EvaluationSet, before: Result, adapter: Path, dtype: str, co
     for instruction, old, answer in zip(instructions, before.items[:SHOWN], answers, strict=True):
         console.print(f"[dim]?[/] {escape(instruction.partition(chr(10))[2].strip())}", highlight=False)
         console.print(side_by_side(old.gold, old.text, answer))
-        console.print(f"[bold green]>[/] {escape(answer.strip())}\n", highlight=False)
+        console.print()
 
 
 def _farewell(adapter: Path, request: str, seconds: float, console: Console) -> None:
