@@ -212,7 +212,7 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it(tmp_path):
     assert card.data.library_name == "peft"
     assert {"moa", "mixture-of-adapters"} <= set(card.data.tags)
     assert card.text.count("pip install moa-lm") == 1
-    assert "- expert `lora`: r 2" in card.text.replace("targets ['q', 'v'], ", "")
+    assert "- expert `lora`: targets ['q', 'v'], r 2, alpha 8" in card.text
     assert "Trained on letters." in card.text
 
 

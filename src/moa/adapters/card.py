@@ -45,12 +45,13 @@ def finish_card(folder: Path, config: MoAConfig) -> None:
 
 def _summary(config: MoAConfig) -> str:
     """What is mixed, as a list."""
-    lines = [f"- expert `{expert.kind}`: {_changed(expert)}" for expert in config.experts]
-    router = "none, every expert is simply added" if config.router is None else _changed(config.router)
-    return "\n".join([*lines, f"- router: {router}", f"- gating `{config.gating.kind}`: {_changed(config.gating)}"])
+    lines = [f"- expert `{expert.kind}`: {_settings(expert)}" for expert in config.experts]
+    router = "none, every expert is simply added" if config.router is None else _settings(config.router)
+    return "\n".join([*lines, f"- router: {router}", f"- gating `{config.gating.kind}`: {_settings(config.gating)}"])
 
 
-def _changed(part: Any) -> str:
-    """The settings of an expert, router or gating that are plain values."""
+def _settings(part: Any) -> str:
+    """The settings of an expert, router or gating that are plain values and not switched off."""
     values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float | str | list))
+    said = {name: value for name, value in values.items() if isinstance(value, int | float | str | list) and value}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in said.items()) or "as it is"
