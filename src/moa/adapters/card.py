@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from moa.adapters.config import MoAConfig
 
 TAGS = ("mixture-of-adapters", "moa")
+OURS = re.compile(r"<!-- mixture -->.*?<!-- /mixture -->", re.DOTALL)
 FORM = "# Model Card for Model ID"
 
 LOAD = """## How to load
@@ -29,15 +31,18 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 def finish_card(folder: Path, config: MoAConfig) -> None:
     """Complete a card that PEFT may have written in ``folder``: tags, what is mixed, how to load.
 
-    What a person wrote stays; PEFT's empty form is replaced.
+    What a person wrote stays; PEFT's empty form is replaced, and our own summary is renewed.
     """
     file = folder / "README.md"
     if not file.is_file():
         return
     card = ModelCard.load(file)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
+    summary = f"<!-- mixture -->\n{_summary(config)}\n<!-- /mixture -->"
     if FORM in card.text:
-        card.text = f"\n# Mixture of Adapters\n\n{_summary(config)}\n\n{LOAD}"
+        card.text = f"\n# Mixture of Adapters\n\n{summary}\n\n{LOAD}"
+    elif OURS.search(card.text):
+        card.text = OURS.sub(lambda _: summary, card.text)
     elif LOAD not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{LOAD}"
     card.save(file)
