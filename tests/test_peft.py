@@ -212,7 +212,12 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it(tmp_path):
     assert card.data.library_name == "peft"
     assert {"moa", "mixture-of-adapters"} <= set(card.data.tags)
     assert card.text.count("pip install moa-lm") == 1
-    assert "- expert `lora`: r 2" in card.text.replace("targets ['q', 'v'], ", "")
+    assert "- expert `lora`: targets ['q', 'v'], r 2, alpha 8" in card.text
+    assert "Trained on letters." in card.text
+    tiny_moa(tiny_config(experts=[moa.PromptExpert(length=7)])).save_pretrained(tmp_path)
+    card = ModelCard.load(file)
+    assert "expert `prompt`: length 7" in card.text
+    assert "expert `lora`" not in card.text
     assert "Trained on letters." in card.text
 
 

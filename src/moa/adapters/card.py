@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from moa.adapters.config import MoAConfig
 
 TAGS = ("mixture-of-adapters", "moa")
+OURS = re.compile(r"<!-- mixture -->.*?<!-- /mixture -->", re.DOTALL)
 FORM = "# Model Card for Model ID"
 
 LOAD = """## How to load
@@ -29,15 +31,18 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 def finish_card(folder: Path, config: MoAConfig) -> None:
     """Complete a card that PEFT may have written in ``folder``: tags, what is mixed, how to load.
 
-    What a person wrote stays; PEFT's empty form is replaced.
+    What a person wrote stays; PEFT's empty form is replaced, and our own summary is renewed.
     """
     file = folder / "README.md"
     if not file.is_file():
         return
     card = ModelCard.load(file)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
+    summary = f"<!-- mixture -->\n{_summary(config)}\n<!-- /mixture -->"
     if FORM in card.text:
-        card.text = f"\n# Mixture of Adapters\n\n{_summary(config)}\n\n{LOAD}"
+        card.text = f"\n# Mixture of Adapters\n\n{summary}\n\n{LOAD}"
+    elif OURS.search(card.text):
+        card.text = OURS.sub(lambda _: summary, card.text)
     elif LOAD not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{LOAD}"
     card.save(file)
@@ -45,12 +50,13 @@ def finish_card(folder: Path, config: MoAConfig) -> None:
 
 def _summary(config: MoAConfig) -> str:
     """What is mixed, as a list."""
-    lines = [f"- expert `{expert.kind}`: {_changed(expert)}" for expert in config.experts]
-    router = "none, every expert is simply added" if config.router is None else _changed(config.router)
-    return "\n".join([*lines, f"- router: {router}", f"- gating `{config.gating.kind}`: {_changed(config.gating)}"])
+    lines = [f"- expert `{expert.kind}`: {_settings(expert)}" for expert in config.experts]
+    router = "none, every expert is simply added" if config.router is None else _settings(config.router)
+    return "\n".join([*lines, f"- router: {router}", f"- gating `{config.gating.kind}`: {_settings(config.gating)}"])
 
 
-def _changed(part: Any) -> str:
-    """The settings of an expert, router or gating that are plain values."""
-    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "optional"}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float | str | list))
+def _settings(part: Any) -> str:
+    """The settings of an expert, router or gating that are plain values and not switched off."""
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    said = {name: value for name, value in values.items() if isinstance(value, int | float | str | list) and value}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in said.items()) or "as it is"
