@@ -32,6 +32,8 @@ class Gates(NamedTuple):
 
 
 def _wide(logits: Tensor) -> Tensor:
+    if logits.dtype is torch.float32:
+        return logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
