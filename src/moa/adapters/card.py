@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard
-
-if TYPE_CHECKING:
-    from moa.adapters.config import MoAConfig
 
 TAGS = ("mixture-of-adapters", "moa")
 OURS = re.compile(r"<!-- mixture -->.*?<!-- /mixture -->", re.DOTALL)
@@ -28,7 +25,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 """
 
 
-def finish_card(folder: Path, config: MoAConfig) -> None:
+def finish_card(folder: Path, config: Any) -> None:
     """Complete a card that PEFT may have written in ``folder``: tags, what is mixed, how to load.
 
     What a person wrote stays; PEFT's empty form is replaced, and our own summary is renewed.
@@ -48,7 +45,7 @@ def finish_card(folder: Path, config: MoAConfig) -> None:
     card.save(file)
 
 
-def _summary(config: MoAConfig) -> str:
+def _summary(config: Any) -> str:
     """What is mixed, as a list."""
     lines = [f"- expert `{expert.kind}`: {_settings(expert)}" for expert in config.experts]
     router = "none, every expert is simply added" if config.router is None else _settings(config.router)
