@@ -53,10 +53,14 @@ class Mixture(RouterLayer):
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []
+        self._over_text: set[str] = set()  # adapters whose router reads more than a token
 
     def set_router(self, adapter: str, router: Router, columns: list[str], outputs: list[int]) -> None:
         """How ``adapter`` routes; `add_router` creates the weights."""
         self.router[adapter] = router
+        self._over_text.discard(adapter)
+        if router.level != "token":
+            self._over_text.add(adapter)
         self.columns[adapter] = columns
         self.column_outputs[adapter] = outputs
         (attention,) = self.attention
@@ -110,7 +114,7 @@ class Mixture(RouterLayer):
     def _needs_text(self) -> bool:
         if self.training and any(self.auxiliary[name] for name in self.enabled(self.auxiliary)):
             return True
-        return any(self.router[name].level != "token" for name in self.enabled(self.router))
+        return bool(self._over_text) and bool(self.enabled(self._over_text))
 
     def detach(self) -> None:
         for handle in self._handles:

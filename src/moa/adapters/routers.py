@@ -141,12 +141,13 @@ class RouterLayer(Attached):
 
     def _first(self, features: Tensor, adapter: str) -> list[Tensor]:
         """Outputs of the `input_layers` (..., out), in the dtype of their weights or, of few tokens, float32."""
-        layers = self.input_layers(adapter)
-        if any(_hosts.is_watched(layer) for layer in layers):
-            features = features.to(layers[0].weight.dtype)
-            return [layer(features) for layer in layers]
-        if self.is_few:
-            wide = self.context.now.wide(features)
+        layers, now = self.input_layers(adapter), self.context.forward
+        for layer in layers:
+            if _hosts.is_watched(layer):
+                features = features.to(layers[0].weight.dtype)
+                return [layer(features) for layer in layers]
+        if now is not None and now.few:
+            wide = now.wide(features)
             return [_linear(layer, wide) for layer in layers]
         low = self._read(features, adapter, [layer.weight for layer in layers])
         dtype = layers[0].weight.dtype
