@@ -133,7 +133,7 @@ class _Write(torch.autograd.Function):
 
 
 # Whose backward does not look at what they put out. Others may (a sigmoid does), and get a copy to be changed.
-_CARELESS = ("UnsafeView", "Addmm", "Mm", "Bmm", "Add", "Mul", "MatMul", "_Write", "Linear")
+_CARELESS = ("UnsafeView", "Addmm", "Mm", "Bmm", "Add", "Mul", "_Write", "Linear", "MatMul4Bit", "MatMul8bitLt")
 
 
 def changeable(y: Tensor) -> bool:
