@@ -8,20 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters.block import Mixture
-from moa.adapters.experts import ExpertLayer
 from moa.adapters.gating import Gates
+from moa.adapters.members import active_adapters, experts_of, mixtures_of
 from moa.adapters.placement import column_position
 from moa.adapters.routers import RouterLayer
 
 DEAD = 0.01
 """An expert counts as dead in a block if it is active on fewer tokens than this share, or its mean gate is lower."""
+
+
+class Place(NamedTuple):
+    """Which router: a block's own (``site`` None), or the one over the copies of the expert at ``site``."""
+
+    block: int
+    site: str | None
+
+
+class Decisions(NamedTuple):
+    """What one router decided, ``gates`` (..., columns) and ``threshold`` (..., 1) or None for rules without one."""
+
+    gates: Tensor
+    threshold: Tensor | None
 
 
 class GateRecord:
@@ -43,6 +57,20 @@ class GateRecord:
         self.gates: dict[int, Tensor] = {}
         self.thresholds: dict[int, Tensor | None] = {}
         self.routes: dict[int, dict[str, Tensor]] = {}
+
+    def decisions(self) -> Iterator[tuple[Place, Decisions]]:
+        """All of it, router by router; tensors (batch, tokens, columns), where copies are columns too."""
+        for block, gates in self.gates.items():
+            yield Place(block, None), Decisions(gates, self.thresholds[block])
+        for block, sites in self.routes.items():
+            for site, routes in sites.items():
+                yield Place(block, site), Decisions(routes, None)
+
+    def columns_of(self, place: Place) -> list[str]:
+        """Names of what a router decides about: experts, or copies as ``"q/0"``, ``"q/1"``."""
+        if place.site is None:
+            return self.columns[place.block]
+        return copy_names(place.site, self.routes[place.block][place.site].shape[-1])
 
     def clear(self) -> None:
         """Forget what was recorded, to start on another batch."""
@@ -108,15 +136,15 @@ def gate_values(model: nn.Module, adapter: str | None = None) -> Iterator[GateRe
         ...     model(**batch)
         >>> record.gates[0].mean(dim=(0, 1))  # mean gate of every expert of the first block
     """
-    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+    mixtures = mixtures_of(model)
     if not mixtures:
         raise ValueError(f"gate_values: {type(model).__name__} has no Mixture of Adapters")
-    adapter = adapter or _only_adapter(mixtures)
+    adapter = adapter or _only_adapter(model)
     record = GateRecord()
     handles = [record.watch(mixture, adapter) for mixture in mixtures if adapter in mixture.router]
     for mixture in mixtures:
-        for expert in (m for m in mixture.host.modules() if isinstance(m, ExpertLayer)):
-            copies = _hosts.children(expert).get("mixture_copies")
+        for expert in experts_of(mixture, adapter):
+            copies = expert.router_over_copies(adapter)
             if copies is not None:
                 handles.append(record.watch_copies(copies, adapter, mixture.index, expert.site))
     record.experts.sort(key=column_position)
@@ -127,8 +155,18 @@ def gate_values(model: nn.Module, adapter: str | None = None) -> Iterator[GateRe
             handle.remove()
 
 
-def _only_adapter(mixtures: list[Mixture]) -> str:
-    names = sorted({name for mixture in mixtures for name in mixture.active_adapters})
+def _only_adapter(model: nn.Module) -> str:
+    names = active_adapters(model)
     if len(names) != 1:
         raise ValueError(f"gate_values: name one adapter, active are {names}")
     return names[0]
+
+
+def copy_names(site: str, copies: int) -> list[str]:
+    """What the copies of an expert are called."""
+    return [f"{site}/{number}" for number in range(copies)]
+
+
+def is_dead(gate: float, active: float) -> bool:
+    """Whether an expert hardly acts, given its mean gate and the share of tokens it is active on."""
+    return gate < DEAD or active < DEAD

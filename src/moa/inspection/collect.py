@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moa.adapters.block import Mixture
-from moa.adapters.experts import ExpertLayer
 from moa.adapters.gating import Gating
+from moa.adapters.members import experts_of, mixtures_of
 from moa.adapters.placement import column_position
-from moa.adapters.telemetry import GateRecord, gate_values
-
-
-class Place(NamedTuple):
-    """Which router: a block's own (``site`` None), or the one over the copies of the expert at ``site``."""
-
-    block: int
-    site: str | None
+from moa.adapters.telemetry import Decisions, Place, copy_names, gate_values
 
 
 class RouterFacts(NamedTuple):
@@ -29,30 +21,6 @@ class RouterFacts(NamedTuple):
     columns: list[str]
 
 
-class Decisions(NamedTuple):
-    """What a router decided: ``gates`` (tokens, columns) and ``threshold`` (tokens,) or None, in float32 on the CPU."""
-
-    gates: Tensor
-    threshold: Tensor | None
-
-
-def mixtures_of(model: nn.Module) -> list[Mixture]:
-    """The model's mixtures in the order of their blocks."""
-    return sorted((m for m in model.modules() if isinstance(m, Mixture)), key=lambda mixture: mixture.index)
-
-
-def experts_of(mixture: Mixture, adapter: str) -> list[ExpertLayer]:
-    """The experts of one adapter in a mixture's block, in the order of their gate columns."""
-    layers = [m for m in mixture.host.modules() if isinstance(m, ExpertLayer) and adapter in m.output]
-    return sorted(layers, key=lambda layer: column_position(layer.site))
-
-
-def copies_of(layer: ExpertLayer, adapter: str) -> Any:
-    """The router over an expert's copies; None if there is just one."""
-    copies = layer._modules.get("mixture_copies")
-    return copies if copies is not None and adapter in copies.moa_w2 else None  # type: ignore[operator]
-
-
 def routers_of(model: nn.Module, adapter: str) -> dict[Place, RouterFacts]:
     """All routers of an adapter, block by block; empty for an adapter that has none."""
     routers = {}
@@ -60,9 +28,9 @@ def routers_of(model: nn.Module, adapter: str) -> dict[Place, RouterFacts]:
         if adapter in mixture.router:
             routers[Place(mixture.index, None)] = RouterFacts(mixture.gating[adapter], mixture.columns[adapter])
         for layer in experts_of(mixture, adapter):
-            copies = copies_of(layer, adapter)
+            copies = layer.router_over_copies(adapter)
             if copies is not None:
-                names = [f"{layer.site}/{number}" for number in range(copies.moa_w2[adapter].out_features)]
+                names = copy_names(layer.site, layer.number_of_copies(adapter))
                 routers[Place(mixture.index, layer.site)] = RouterFacts(copies.gating[adapter], names)
     return routers
 
@@ -84,7 +52,8 @@ def decisions_of(
         progress: called after each text.
 
     Returns:
-        Per router its decisions on the tokens of all texts, one text after the other.
+        Per router its decisions on the tokens of all texts, one text after the other: gates (tokens, columns) and
+        thresholds (tokens,), in float32 on the CPU.
 
     Raises:
         ValueError: a gate is not a finite number.
@@ -94,9 +63,11 @@ def decisions_of(
         for text in texts:
             record.clear()
             model(input_ids=torch.tensor([list(text)], device=model.device), use_cache=False)
-            for place, found in _recorded(record):
-                _check_finite(place, found.gates)
-                seen.setdefault(place, []).append(found)
+            for place, found in record.decisions():
+                gates, threshold = _rows(found.gates), found.threshold
+                _check_finite(place, gates)
+                flat = Decisions(gates, None if threshold is None else _rows(threshold)[:, 0])
+                seen.setdefault(place, []).append(flat)
             progress()
     return {place: joined(parts) for place, parts in seen.items()}
 
@@ -105,15 +76,6 @@ def joined(parts: Sequence[Decisions]) -> Decisions:
     """The decisions of one router on several texts as one."""
     thresholds = [part.threshold for part in parts if part.threshold is not None]
     return Decisions(torch.cat([part.gates for part in parts]), torch.cat(thresholds) if thresholds else None)
-
-
-def _recorded(record: GateRecord) -> Iterator[tuple[Place, Decisions]]:
-    for block, gates in record.gates.items():
-        threshold = record.thresholds[block]
-        yield Place(block, None), Decisions(_rows(gates), None if threshold is None else _rows(threshold)[:, 0])
-    for block, sites in record.routes.items():
-        for site, routes in sites.items():
-            yield Place(block, site), Decisions(_rows(routes), None)
 
 
 def _check_finite(place: Place, gates: Tensor) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa.adapters.telemetry import Place
 from moa.data.templates import Prompt
 from moa.data.tokens import prompt_text, prompt_tokens
 from moa.evaluation.generation import context, greedy
-from moa.inspection.collect import Place, RouterFacts, all_columns, decisions_of
+from moa.inspection.collect import RouterFacts, all_columns, decisions_of
 from moa.inspection.results import Example, Strongest
 
 

@@ -10,23 +10,14 @@ from peft import PeftModel
 
 from moa.adapters.choices import plain
 from moa.adapters.config import MoAConfig
-from moa.adapters.experts import Ia3Layer
+from moa.adapters.members import experts_of, mixtures_of
+from moa.adapters.telemetry import Decisions, Place
 from moa.data.templates import prompt_of
 from moa.data.tokens import example_tokens
 from moa.evaluation.generation import context
 from moa.evaluation.models import Loaded
 from moa.evaluation.sets import EvaluationSet
-from moa.inspection.collect import (
-    Decisions,
-    Place,
-    RouterFacts,
-    all_columns,
-    decisions_of,
-    experts_of,
-    joined,
-    mixtures_of,
-    routers_of,
-)
+from moa.inspection.collect import RouterFacts, all_columns, decisions_of, joined, routers_of
 from moa.inspection.examples import example
 from moa.inspection.results import Example, Inspection, SetStatistics
 from moa.inspection.similarity import similarity
@@ -75,7 +66,7 @@ def inspect_adapter(
         examples=_examples(loaded, name, facts, sets, examples, progress) if facts else [],
         similarity=compared,
         compared_tokens=tokens,
-        notes=_notes(model, name, config, facts),
+        notes=_notes(config, facts),
     )
 
 
@@ -171,13 +162,9 @@ def _bare(model: Any, adapter: str) -> list[int]:
     return [block for block in range(model.config.get_text_config().num_hidden_layers) if block not in adapted]
 
 
-def _notes(model: Any, adapter: str, config: MoAConfig, facts: Facts) -> list[str]:
+def _notes(config: MoAConfig, facts: Facts) -> list[str]:
     notes = []
     if config.router is None:
         rest = "Only the copies inside them are routed." if facts else "There are no gates to show."
         notes.append(f"This adapter has no router over its experts: every expert is always fully on. {rest}")
-    layers = [layer for mixture in mixtures_of(model) for layer in experts_of(mixture, adapter)]
-    rescaling = sorted({layer.site for layer in layers if isinstance(layer, Ia3Layer)})
-    if rescaling:
-        notes.append(f"{', '.join(rescaling)}: rescaling puts out nothing of its own, so they are not compared.")
     return notes

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from moa.adapters.block import Mixture
-from moa.adapters.fused import fused_blocks
-from moa.inspection.collect import experts_of, mixtures_of
-from moa.inspection.contributions import Output, output_of, outputs_of
+from moa.adapters.members import mixtures_of
+from moa.inspection.contributions import Output, outputs_of
 from moa.inspection.results import Similarity
 
 SAMPLE = 512
@@ -33,7 +32,7 @@ def similarity(model: Any, adapter: str, texts: Sequence[Sequence[int]]) -> tupl
     """Compare the experts of every block, and the copies of every expert, on the first `SAMPLE` tokens of ``texts``.
 
     Args:
-        model: in evaluation mode. Its blocks run one by one with hooks, all texts in one forward.
+        model: in evaluation mode. All texts run in one forward.
         adapter: whose experts.
         texts: token ids of each text.
 
@@ -48,7 +47,7 @@ def similarity(model: Any, adapter: str, texts: Sequence[Sequence[int]]) -> tupl
         return [], 0
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     found: list[Similarity] = []
-    with torch.no_grad(), fused_blocks(False), ExitStack() as stack:
+    with torch.no_grad(), ExitStack() as stack:
         for mixture in mixtures_of(model):
             stack.enter_context(_compared(mixture, adapter, mask.flatten().bool(), found))
         model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
@@ -102,11 +101,7 @@ def _compared(mixture: Mixture, adapter: str, text: Tensor, found: list[Similari
     seen = stack.enter_context(outputs_of(mixture, adapter))
 
     def compare(block: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        outputs = {
-            layer.site: output
-            for layer in experts_of(mixture, adapter)
-            if (output := output_of(layer, adapter, seen[layer.site])) is not None
-        }
+        outputs = {site: output for site, notes in seen.items() if (output := notes.output) is not None}
         found.extend(_comparisons(mixture.index, outputs, text))
         for notes in seen.values():
             notes.clear()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moa.adapters.gating import Gating, Softmax
-from moa.adapters.telemetry import DEAD
-from moa.inspection.collect import Decisions, Place, RouterFacts
+from moa.adapters.telemetry import Decisions, Place, is_dead
+from moa.inspection.collect import RouterFacts
 from moa.inspection.results import RouterStatistics
 
 SOFT_LEVEL = 0.1
@@ -47,9 +47,7 @@ def statistics(place: Place, facts: RouterFacts, found: Decisions) -> RouterStat
         entropy=mean_entropy(gates[speaking]),
         silent=1 - float(speaking.double().mean()),
         threshold=None if threshold is None else _mean_and_deviation(threshold.double()),
-        dead=[
-            name for name, gate, share in zip(facts.columns, mean, active, strict=True) if gate < DEAD or share < DEAD
-        ],
+        dead=[name for name, gate, share in zip(facts.columns, mean, active, strict=True) if is_dead(gate, share)],
     )
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from moa.adapters.choices import check_names, nearest
 from moa.adapters.config import MoAConfig
-from moa.studies.sizing import SIZES, Mixture, PeftLora, Sizable, lily_variants
+from moa.studies.sizing import SIZED, Mixture, PeftLora, Sizable, lily_variants
 from moa.training.adapter import adapter_config
 
 
@@ -50,7 +50,7 @@ class Method:
         try:
             config = adapter_config({"preset": self.preset, **self.changes})
             if self.grow:
-                check_names("grow", self.grow, list(SIZES))
+                check_names("grow", self.grow, SIZED)
         except (ValueError, TypeError) as error:
             raise ValueError(f"methods.{name}: {error}") from None
         for budget in self.budgets:
@@ -64,7 +64,7 @@ class Method:
         section = {"preset": self.preset, **self.changes}
         config = adapter_config(section)
         if isinstance(config, MoAConfig):
-            yield Mixture(section, config, self.grow or list(SIZES), blocks)
+            yield Mixture(section, config, self.grow or SIZED, blocks)
         elif isinstance(config, LoraConfig):
             yield PeftLora(section, config, blocks)
         else:
@@ -73,8 +73,8 @@ class Method:
 
 def _check_grows(name: str, config: MoAConfig, grow: list[str]) -> None:
     kinds = {expert.kind for expert in config.experts}
-    sized = sorted(kinds & set(SIZES))
-    if not kinds & set(grow or SIZES):
+    sized = sorted(kinds & set(SIZED))
+    if not kinds & set(grow or SIZED):
         raise ValueError(f"methods.{name}: nothing can grow with the budget; its experts with a size are {sized}")
     for kind in grow:
         if kind not in kinds:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa.adapters.block import Mixture
-from moa.adapters.telemetry import DEAD, gate_values
+from moa.adapters.members import mixtures_of
+from moa.adapters.telemetry import gate_values, is_dead
 from moa.data import Prompt, prompt_tokens
 
 
@@ -21,7 +21,7 @@ def routing(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[
         gate other than 0; ``dead``, the names of its dead experts. Copies of an expert are ``q/0``, ``q/1`` and so on.
         Empty for a model without routers.
     """
-    if not any(isinstance(module, Mixture) for module in model.modules()):
+    if not mixtures_of(model):
         return []
     seen: dict[int, dict[str, list[Tensor]]] = {}
     was_training = model.training
@@ -30,28 +30,19 @@ def routing(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[
         for prompt in prompts:
             record.clear()
             model(input_ids=torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device))
-            for block, name, gates in _columns(record):
-                seen.setdefault(block, {}).setdefault(name, []).append(gates.float().cpu())
+            for place, decided in record.decisions():
+                found = seen.setdefault(place.block, {})
+                for name, gates in zip(record.columns_of(place), decided.gates[0].unbind(-1), strict=True):
+                    found.setdefault(name, []).append(gates.float().cpu())
     model.train(was_training)
     return [_summary(block, seen[block]) for block in sorted(seen)]
-
-
-def _columns(record: Any) -> Any:
-    """Block, name and (tokens,) gates of every expert and every copy."""
-    for block, gates in record.gates.items():
-        for name, column in zip(record.columns[block], gates[0].unbind(-1), strict=True):
-            yield block, name, column
-    for block, sites in record.routes.items():
-        for site, routes in sites.items():
-            for copy, column in enumerate(routes[0].unbind(-1)):
-                yield block, f"{site}/{copy}", column
 
 
 def _summary(block: int, gates: dict[str, list[Tensor]]) -> dict[str, Any]:
     joined = {name: torch.cat(columns) for name, columns in gates.items()}
     gate = {name: round(float(values.mean()), 5) for name, values in joined.items()}
     active = {name: round(float((values != 0).float().mean()), 5) for name, values in joined.items()}
-    dead = [name for name in joined if gate[name] < DEAD or active[name] < DEAD]
+    dead = [name for name in joined if is_dead(gate[name], active[name])]
     return {"block": block, "gate": gate, "active": active, "dead": dead}
 
 

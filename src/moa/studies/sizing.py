@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftConfig
 
 from moa.adapters.choices import plain
 from moa.adapters.config import MoAConfig
-from moa.adapters.experts import ExpertConfig, LoraExpert
+from moa.adapters.experts import EXPERTS, ExpertConfig
 
-SIZES = {"lora": "r", "parallel": "size", "prompt": "length"}
-"""The setting that makes an expert of each kind larger; kinds without one keep their size."""
+SIZED = [kind for kind, layer in EXPERTS.items() if layer.config.size_setting is not None]
+"""The kinds of experts with a setting that makes them larger; others keep their size."""
 
 _NUMBERS_OF_B = (2, 3, 4, 5, 6, 7, 8)
 
@@ -65,10 +65,10 @@ class Mixture:
         self._owners: list[tuple[int, str | None]] = []
         self.parts: list[Part] = []
         for place, expert in enumerate(config.experts):
-            if expert.kind not in grow or expert.kind not in SIZES:
+            setting = expert.size_setting
+            if expert.kind not in grow or setting is None:
                 continue
-            setting = SIZES[expert.kind]
-            for target in expert.targets if isinstance(expert, LoraExpert) else [None]:
+            for target in getattr(expert, "targets", [None]):
                 name = f"{expert.kind} {setting}" + (f" on {target}" if target else "")
                 self.parts.append(Part(name, getattr(expert, setting), expert.layers or self._blocks))
                 self._owners.append((place, target))
@@ -90,13 +90,10 @@ class Mixture:
                     together.setdefault((value, tuple(chosen)), []).append(target)
         pieces = []
         for (value, places), targets in together.items():
-            changes: dict[str, Any] = {SIZES[expert.kind]: value}
-            changes["layers"] = expert.layers if list(places) == layers else list(places)
-            if isinstance(expert, LoraExpert):
+            changes: dict[str, Any] = {"layers": expert.layers if list(places) == layers else list(places)}
+            if hasattr(expert, "targets"):
                 changes["targets"] = targets
-                if not expert.rslora:  # the scaling alpha / r stays what it was
-                    changes["alpha"] = expert.alpha / expert.r * value
-            pieces.append(dataclasses.replace(expert, **changes))
+            pieces.append(expert.resized(value, **changes))
         return pieces
 
 

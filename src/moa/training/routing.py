@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moa.adapters.telemetry import DEAD, GateRecord, gate_values
-
-Place = tuple[int, str | None]  # a block's router, or the one over the copies of the expert at a site
+from moa.adapters.telemetry import DEAD, GateRecord, Place, gate_values
 
 
 class Tally:
@@ -110,11 +108,8 @@ class RouterCallback(TrainerCallback):
         state.log_history[-1] |= found
 
     def _count(self, record: GateRecord, mask: Any) -> None:
-        for block, gates in record.gates.items():
-            self._add((block, None), gates, record.thresholds[block], mask)
-        for block, sites in record.routes.items():
-            for site, routes in sites.items():
-                self._add((block, site), routes, None, mask)
+        for place, decided in record.decisions():
+            self._add(place, decided.gates, decided.threshold, mask)
 
     def _add(self, place: Place, gates: Tensor, threshold: Tensor | None, mask: Any) -> None:
         if self.labels is not None and self.labels.shape == gates.shape[:-1]:

@@ -10,13 +10,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moa.adapters.block import Mixture
 from moa.adapters.experts import ExpertLayer
+from moa.adapters.routers import RouterLayer
 from moa.models import config_of
 from moa.training.adapter import adapter_config
 from moa.training.recipe import Recipe
-
-_ROUTER = {"moa_w1", "moa_w2", "moa_w3", "moa_threshold"}
 
 
 class Count(NamedTuple):
@@ -56,8 +54,8 @@ def count_by_kind(model: nn.Module) -> dict[str, int]:
     """Adapter parameters of ``model`` by expert kind, and those of all routers as ``router``."""
     counts: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, Mixture | ExpertLayer):
+        if isinstance(module, RouterLayer | ExpertLayer):
             kind = module.config.kind if isinstance(module, ExpertLayer) else "router"
-            for name, parameter in module.named_parameters():
-                counts["router" if set(name.split(".")) & _ROUTER else kind] += parameter.numel()
-    return dict(counts)
+            own = [getattr(module, name) for name in module.adapter_layer_names]
+            counts[kind] += sum(parameter.numel() for adapters in own for parameter in adapters.parameters())
+    return {kind: number for kind, number in counts.items() if number}

@@ -4,6 +4,8 @@
 - A layer, subclass of `ExpertLayer`: `build` makes the weights of an adapter, and `update` says what an input adds to
   the host's output. Everything else, from the loop over adapters to the cast back into the host's dtype, is here.
 
+Who wants to know what experts do, such as `moa.inspection`, adds itself to a layer's ``observers`` and asks `update`.
+
 A kind whose update is a narrow bottleneck derives from `moa.adapters.experts.bottleneck.BottleneckLayer` instead, says
 its `factors`, and gets `update` and the fast ways of computing it for nothing. A new kind is one new file, entered in
 ``EXPERTS`` in `moa.adapters.experts`.
@@ -12,9 +14,9 @@ its `factors`, and gets `update` and the fast ways of computing it for nothing. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,8 @@ class ExpertConfig:
     kind: ClassVar[str]
     size_setting: ClassVar[str | None] = None
     """The setting that makes an expert of this kind larger, for searches under a budget; None: it has no size."""
+    needs_attention_interface: ClassVar[bool] = False
+    """At ``"attention"``: it acts inside of the module, through transformers' interface, and not on its output."""
 
     layers: list[int] | None = None
     gate: str | None = None
@@ -102,6 +106,10 @@ class ExpertConfig:
         return dataclasses.replace(self, **{self.size_setting: size, **changes})
 
 
+Observer: TypeAlias = Callable[[str, Tensor, Tensor], object]
+"""Called with an adapter and the ``x`` and ``y`` of `ExpertLayer.update`, right before the expert adds to ``y``."""
+
+
 class ExpertLayer(Attached):
     """One site of one kind in one block, for any number of adapters.
 
@@ -111,6 +119,7 @@ class ExpertLayer(Attached):
         place: where it sits.
         role: as in `Site`.
         output: adapter -> which output of the block's router gates this expert; None: it is added ungated.
+        observers: see `Observer`; empty unless somebody watches. They must not keep ``y``, which is changed in place.
     """
 
     config: ClassVar[type[ExpertConfig]]
@@ -123,6 +132,7 @@ class ExpertLayer(Attached):
         self.place = host
         self.context = context
         self.output: dict[str, int | None] = {}
+        self.observers: list[Observer] = []
         self._handles: list[Any] = []
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -139,9 +149,10 @@ class ExpertLayer(Attached):
 
         Args:
             adapter: whose weights.
-            x: the host's input (..., in), in the dtype of the adapter.
+            x: what the expert reads (..., in), in the dtype of the adapter.
             y: the host's output so far (..., out), of this expert's part if the host is a fused projection.
-            weights: (..., copies), (..., 1), or None: factors on the copies' updates, applied wherever it is cheapest.
+            weights: (..., copies), (..., 1), or None: factors on the copies' updates, applied wherever it is cheapest;
+                leading dimensions may be 1.
         """
         raise NotImplementedError
 
@@ -157,24 +168,40 @@ class ExpertLayer(Attached):
         now = self.context.now
         if now.bypassed:
             return output
-        x = self.input_of(module, args, kwargs)
         y = output[0] if isinstance(output, tuple) else output
+        x = self.input_of(module, args, kwargs, y)
         for adapter in self.enabled():
+            if self.observers:
+                self.show(adapter, x, y)
             y = self.apply_to(now, adapter, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the expert reads, given how its host was called."""
+    def show(self, adapter: str, x: Tensor, y: Tensor) -> None:
+        """Let observers see what `update` is about to be given."""
+        x, own = x.to(self.dtype_of(adapter)), self.own_part(y)
+        for observer in self.observers:
+            observer(adapter, x, own)
+
+    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """What the expert reads, given how its host was called and what it put out."""
         return first_argument(args, kwargs)
+
+    @property
+    def in_features(self) -> int:
+        """Width of what the expert reads."""
+        return self.place.in_features
 
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with the gated update of one adapter."""
-        part = self.place.part
         x = x.to(self.dtype_of(adapter))
         weights = as_tensor(self.weights(now, adapter, x), x)
-        own = y if part is None else part.of(y).flatten(-3)
-        delta = self.update(adapter, x, own, weights)
-        return (y + widen(delta, part).view_as(y)).to(y.dtype)
+        delta = self.update(adapter, x, self.own_part(y), weights)
+        return (y + widen(delta, self.place.part).view_as(y)).to(y.dtype)
+
+    def own_part(self, y: Tensor) -> Tensor:
+        """The host's output (..., features) -> what of it is this expert's, (..., out)."""
+        part = self.place.part
+        return y if part is None else part.of(y).flatten(-3)
 
     def enabled(self, container: Any = None) -> Sequence[str]:
         """Names of the adapters that take part in a forward now and have this expert."""
@@ -187,16 +214,21 @@ class ExpertLayer(Attached):
     def weights(self, now: Forward, adapter: str, x: Tensor) -> Weights:
         """What multiplies the copies' updates for input ``x`` (..., in)."""
         gate: Gate = now.gate(adapter, self.output[adapter], x)
-        copies = _hosts.children(self).get("mixture_copies")
-        if copies is None or not copies.has(adapter):  # type: ignore[operator]
+        copies = self.router_over_copies(adapter)
+        if copies is None:
             return gate
         gates: Gates = copies(x, adapter, now.tokens)
         route = gates.weights.to(x.dtype)
         return route if gate is None else gate * route
 
+    def router_over_copies(self, adapter: str) -> RouterLayer | None:
+        """What decides between the adapter's copies; None if there is just one."""
+        copies: RouterLayer | None = _hosts.children(self).get("mixture_copies")  # type: ignore[assignment]
+        return copies if copies is not None and copies.has(adapter) else None
+
     def number_of_copies(self, adapter: str) -> int:
-        copies = _hosts.children(self).get("mixture_copies")
-        return copies.number_of_outputs(adapter) if copies is not None and copies.has(adapter) else 1  # type: ignore[operator]
+        copies = self.router_over_copies(adapter)
+        return 1 if copies is None else copies.number_of_outputs(adapter)
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
@@ -208,7 +240,7 @@ class ExpertLayer(Attached):
         self.build(adapter, config, init_weights)
         if config.copies.number > 1:
             if "mixture_copies" not in _hosts.children(self):
-                self.mixture_copies = RouterLayer(self.host, self.place.in_features, self.context)
+                self.mixture_copies = RouterLayer(self.host, self.in_features, self.context)
             router = Router(hidden_per_expert=0, bias=config.copies.bias)
             self.mixture_copies.add_router(adapter, router, config.copies.gating, config.copies.number)
             self.mixture_copies.finish_adapter(adapter, inference_mode)

@@ -32,8 +32,8 @@ class ParallelExpert(ExpertConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("parallel expert: size", self.size, low=1, whole=True)
-        check_choice("parallel expert: activation", self.activation, list(ACT2FN))
+        check_range(f"{self.kind} expert: size", self.size, low=1, whole=True)
+        check_choice(f"{self.kind} expert: activation", self.activation, list(ACT2FN))
 
     def sites(self) -> list[Site]:
         return [Site("parallel", "mlp")]
@@ -62,7 +62,7 @@ class ParallelLayer(BottleneckLayer):
         if self.context.forward is not None:
             self.context.forward.notes[id(self)] = first_argument(args, kwargs)
 
-    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         if self.place.source is self.host:
             return first_argument(args, kwargs)
         noted: Tensor = self.context.now.notes[id(self)]
@@ -72,7 +72,7 @@ class ParallelLayer(BottleneckLayer):
         copies = config.copies
         self.activation[adapter] = ACT2FN[config.activation]
         in_rows = config.size if copies.shared else config.size * copies.number
-        self.moa_down[adapter] = nn.Linear(self.place.in_features, in_rows)
+        self.moa_down[adapter] = nn.Linear(self.in_features, in_rows)
         nn.init.zeros_(self.moa_down[adapter].bias)
         self.moa_up[adapter] = UpProjection(config.size, self.place.out_features, copies.number, init_weights)
 

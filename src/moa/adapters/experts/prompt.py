@@ -36,6 +36,7 @@ class PromptExpert(ExpertConfig):
 
     kind = "prompt"
     size_setting = "length"
+    needs_attention_interface = True
     length: int = 10
 
     def __post_init__(self) -> None:
@@ -96,9 +97,9 @@ class PromptLayer(ExpertLayer):
         self.moa_prompt[adapter] = PromptTokens(length, self.place.in_features, heads, init_weights)
 
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
-        """``x`` are queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads, width)."""
+        """``x`` are queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads * width)."""
         now = self.context.now
-        return prompt_alone(x, self._prompt(now, adapter), now.notes["scaling"], weights)
+        return prompt_alone(x, self._prompt(now, adapter), now.notes["scaling"], weights).flatten(-2)
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self.context.forward
@@ -114,6 +115,8 @@ class PromptLayer(ExpertLayer):
         arguments = now.notes[id(self)]
         hidden = arguments["hidden_states"]
         for adapter in self.enabled():
+            if self.observers:
+                self.show(adapter, query, output.flatten(-2))
             weights = self.weights(now, adapter, hidden)
             if now.few and (not isinstance(weights, Tensor) or weights.shape[-1] == 1):
                 output = self._kept(now, adapter, query, scale).add_to(output, query, weights)

@@ -9,7 +9,7 @@ in names and in one fact: native rotary embedding pairs neighbouring rows of q a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,11 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moa.adapters.block import Mixture
-from moa.adapters.experts import ExpertLayer
-from moa.adapters.experts.lora import LoraLayer
-from moa.adapters.experts.parallel import ParallelLayer
-from moa.adapters.experts.prompt import PromptLayer
 from moa.adapters.gating import Threshold, TopK
+from moa.adapters.members import active_adapters, experts_of, mixtures_of
 
 # Site -> path inside a block: native (`LLaMA3_soft_moa/llama/llama.py:370-399,552-558,608`), transformers
 # (`modeling_llama.py:251,331-340,457`).
@@ -163,19 +160,17 @@ def model_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[tuple[int, str
     Raises:
         ValueError: the model has no mixture, several active ones, or experts that the official code does not have.
     """
-    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
-    layers = {m.index: [e for e in m.host.modules() if isinstance(e, ExpertLayer)] for m in mixtures}
-    adapters = {name for found in layers.values() for e in found for name in e.active_adapters if name in e.output}
-    if len(adapters) != 1:
-        raise ValueError(f"load_reference needs a model with one active mixture; active are {sorted(adapters)}")
-    adapter = adapters.pop()
+    names, mixtures = active_adapters(model), mixtures_of(model)
+    if len(names) != 1:
+        raise ValueError(f"load_reference needs a model with one active mixture; active are {names}")
+    (adapter,) = names
     has_threshold = any(adapter in mixture.moa_threshold for mixture in mixtures)
     slots = {}
     for mixture in mixtures:
-        own = [layer for layer in layers[mixture.index] if adapter in layer.output]
         found = dict(_router_slots(mixture, adapter, has_threshold))
-        for layer in own:
-            found.update(_expert_slots(layer, adapter, checkpoint))
+        for layer in experts_of(mixture, adapter):
+            path = checkpoint.path(layer.site)
+            found.update(EXPERT_SLOTS[layer.config.kind](layer, adapter, path, checkpoint.expert_lists))
         slots.update({(mixture.index, name): slot for name, slot in found.items()})
     return slots
 
@@ -224,37 +219,16 @@ def _separate_gates(mixture: Mixture, adapter: str) -> Iterator[tuple[str, Slot]
         used.add(output)
 
 
-def _expert_slots(layer: ExpertLayer, adapter: str, checkpoint: Checkpoint) -> Iterator[tuple[str, Slot]]:
-    path = checkpoint.path(layer.site)
-    if isinstance(layer, LoraLayer):
-        yield from _lora_slots(layer, adapter, path, checkpoint.expert_lists)
-    elif isinstance(layer, ParallelLayer):
-        yield from _parallel_slots(layer, adapter, path)
-    elif isinstance(layer, PromptLayer):
-        yield from _prompt_slots(layer, adapter, path)
-
-
-def _copies(layer: ExpertLayer, adapter: str) -> Any:
-    """The router over an expert's copies, None if there is one copy only."""
-    copies = layer._modules.get("mixture_copies")
-    return copies if copies is not None and adapter in copies.moa_w2 else None  # type: ignore[operator]
-
-
-def _number_of_copies(layer: ExpertLayer, adapter: str) -> int:
-    copies = _copies(layer, adapter)
-    return 1 if copies is None else copies.moa_w2[adapter].out_features
-
-
-def _copies_router_slots(layer: ExpertLayer, adapter: str, name: str) -> Iterator[tuple[str, Slot]]:
-    copies = _copies(layer, adapter)
+def _copies_router_slots(layer: Any, adapter: str, name: str) -> Iterator[tuple[str, Slot]]:
+    copies = layer.router_over_copies(adapter)
     if copies is not None:
         inner = ".topkroute_linear" if isinstance(copies.gating[adapter], TopK) else ""
         yield from _linear(f"{name}{inner}", copies.moa_w2[adapter])
 
 
-def _lora_slots(layer: LoraLayer, adapter: str, path: str, lists: bool) -> Iterator[tuple[str, Slot]]:
+def _lora_slots(layer: Any, adapter: str, path: str, lists: bool) -> Iterator[tuple[str, Slot]]:
     a, b = layer.moa_A[adapter].weight, layer.moa_B[adapter].weight
-    number = _number_of_copies(layer, adapter)
+    number = layer.number_of_copies(adapter)
     shared = a.shape[0] < b.shape[1]
     name_a, name_b = ("lora_A_l.{}", "lora_B_l.{}") if number > 1 else ("lora_A", "lora_B")
     if lists:
@@ -265,7 +239,7 @@ def _lora_slots(layer: LoraLayer, adapter: str, path: str, lists: bool) -> Itera
     for copy, part in enumerate(b.chunk(number, dim=1)):
         yield f"{path}.{name_b.format(copy)}.weight", _slot(part, heads)
     yield from _copies_router_slots(layer, adapter, f"{path}.router")
-    copies = _copies(layer, adapter)
+    copies = layer.router_over_copies(adapter)
     if copies is not None and adapter in copies.moa_threshold:
         yield from _linear(f"{path}.threshold_fn", copies.moa_threshold[adapter])
     if lists and copies is None:  # one expert, whose weight is always one
@@ -274,15 +248,15 @@ def _lora_slots(layer: LoraLayer, adapter: str, path: str, lists: bool) -> Itera
             yield f"{path}.{router}.bias", _unused(1)
 
 
-def _heads(layer: LoraLayer) -> int:
+def _heads(layer: Any) -> int:
     config = layer.place.config
     queries: int = config.num_attention_heads
     return {"q": queries, "k": getattr(config, "num_key_value_heads", None) or queries}.get(layer.site, 0)
 
 
-def _parallel_slots(layer: ParallelLayer, adapter: str, path: str) -> Iterator[tuple[str, Slot]]:
+def _parallel_slots(layer: Any, adapter: str, path: str, lists: bool) -> Iterator[tuple[str, Slot]]:
     down, up = layer.moa_down[adapter], layer.moa_up[adapter]
-    number = _number_of_copies(layer, adapter)
+    number = layer.number_of_copies(adapter)
     separate = number > 1 and down.weight.shape[0] == up.weight.shape[1]
     for copy in range(number if separate else 1):
         name = f"{path}.down_proj_l.{copy}" if separate else f"{path}.down_proj"
@@ -295,8 +269,16 @@ def _parallel_slots(layer: ParallelLayer, adapter: str, path: str) -> Iterator[t
     yield from _copies_router_slots(layer, adapter, f"{path}.router")
 
 
-def _prompt_slots(layer: PromptLayer, adapter: str, path: str) -> Iterator[tuple[str, Slot]]:
+def _prompt_slots(layer: Any, adapter: str, path: str, lists: bool) -> Iterator[tuple[str, Slot]]:
     prompt = layer.moa_prompt[adapter]
     yield f"{path}.weight", _slot(prompt.weight)
     yield f"{path}_gate", _slot(prompt.head_gate.view(1, -1, 1, 1))
     yield from _copies_router_slots(layer, adapter, f"{path}_router")
+
+
+# Kind of expert -> its tensors, given a layer, an adapter, the path in a block, and `Checkpoint.expert_lists`.
+EXPERT_SLOTS: dict[str, Callable[[Any, str, str, bool], Iterator[tuple[str, Slot]]]] = {
+    "lora": _lora_slots,
+    "parallel": _parallel_slots,
+    "prompt": _prompt_slots,
+}
