@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from measure import interleave, keep_freed_memory, machine, ratio, saved_bytes
+from moa.adapters.fused import fused_blocks
 from peers import TARGETS, naive_copies, naive_moa
 from peft import LilyConfig, LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moa
-from moa.adapters.fused import fused_blocks
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 8000

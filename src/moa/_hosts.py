@@ -6,11 +6,15 @@ release that moves it fails there by name and not somewhere in a forward.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # --- torch ------------------------------------------------------------------------------------------------------------
 
@@ -59,10 +63,9 @@ def saved(node: Any, name: str) -> Any:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
-def attention_implementation(config: PretrainedConfig) -> str | None:
+def attention_implementation(config: PretrainedConfig) -> str:
     """The name of the attention function that a configuration asks for."""
-    name: str | None = config._attn_implementation
-    return name
+    return str(config._attn_implementation)
 
 
 IMPLEMENTATION_PROPERTY = "_attn_implementation"
@@ -75,6 +78,36 @@ def stored_implementation(config: PretrainedConfig) -> str | None:
     return name
 
 
+def store_implementation(config: PretrainedConfig, name: str) -> None:
+    """Let a configuration ask for another attention function, without transformers' checks of its name."""
+    config._attn_implementation_internal = name
+
+
+def attention_function(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The function that ``module`` calls for an implementation now, others' overrides included.
+
+    Raises:
+        ValueError: there is none.
+    """
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if function is not None:
+        return function  # type: ignore[no-any-return]
+    for cls in type(module).__mro__:  # 'eager' is not registered: every modeling file has its own
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise ValueError(f"{type(module).__name__} has no attention function called {implementation!r}")
+
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""The method by which ``generate`` makes a KV cache."""
+
+
+def name_or_path(config: PretrainedConfig) -> str:
+    """What a model was loaded from."""
+    return str(config._name_or_path)
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
@@ -83,3 +116,17 @@ def features_of(module: nn.Module) -> tuple[int | None, int | None]:
     from peft.tuners.tuners_utils import _get_in_out_features
 
     return _get_in_out_features(module)
+
+
+def append_method(name: str) -> PeftType:
+    """The member ``name`` of PEFT's closed enum of methods, appended if PEFT does not have it."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,17 +34,6 @@ def uses_interface(attention: nn.Module) -> bool:
     return False
 
 
-def _function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if function is not None:
-        return function  # type: ignore[no-any-return]
-    for cls in type(attention).__mro__:  # 'eager' is not registered: every modeling file has its own
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise RuntimeError(f"{type(attention).__name__} has no attention function called {implementation!r}")
-
-
 def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
@@ -56,7 +44,9 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
             if now is not None and now.bypassed:  # a guest is asking for its own keys and values
                 now.notes["probe"] = (key, value)
                 return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-        output, weights = _function(module, implementation)(module, query, key, value, attention_mask, *args, **kwargs)
+        output, weights = _hosts.attention_function(module, implementation)(
+            module, query, key, value, attention_mask, *args, **kwargs
+        )
         for guest in guests:
             output = guest.after_attention(module, query, kwargs.get("scaling"), output)
         return output, weights

@@ -9,24 +9,11 @@ do is import us: where the distribution is installed, ``moa_autoload`` does when
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import register_peft_method
 
+from moa import _hosts
 
-def _peft_type(name: str) -> PeftType:
-    """The member ``name`` of PEFT's enum, appended if PEFT does not have it."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    return member
-
-
-MOA = _peft_type("MOA")
+MOA = _hosts.append_method("MOA")
 
 
 def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:

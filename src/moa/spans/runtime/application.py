@@ -17,15 +17,14 @@ from transformers import DynamicCache, PreTrainedModel, __version__
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
+from moa import _hosts
 from moa.spans.identity import family
 from moa.spans.layout import Sight
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime import attention
 from moa.spans.runtime.cache import NOT_CROPPABLE, Handover, fit
-from moa.spans.runtime.kernels import HOSTS, host_function
+from moa.spans.runtime.kernels import HOSTS
 from moa.spans.runtime.schedule import Spans
-
-PREPARE = "_prepare_cache_for_generation"
 
 
 def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0, any_model: bool = False) -> AppliedSpans:
@@ -82,7 +81,7 @@ class AppliedSpans:
             _check_model(plan, self.model)
         modules = attention_modules(self.decoder, self.spans.shape.layers)
         self._check(modules)
-        host = self.decoder.config._attn_implementation
+        host = _hosts.attention_implementation(self.decoder.config)
         name = attention.register(host)
         for layer, module in enumerate(modules):
             if self.spans.shape.windows[layer] is None:
@@ -90,17 +89,19 @@ class AppliedSpans:
         self._modules, self._names = modules, (host, name)
         self._set_implementation(host, name)
         self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        if hasattr(self.model, PREPARE):
-            setattr(self.model, PREPARE, MethodType(self._prepare(getattr(type(self.model), PREPARE)), self.model))
+        if hasattr(self.model, _hosts.PREPARE_CACHE):
+            prepare = self._prepare(getattr(type(self.model), _hosts.PREPARE_CACHE))
+            setattr(self.model, _hosts.PREPARE_CACHE, MethodType(prepare, self.model))
         self.active = True
 
     def _check(self, modules: list[nn.Module]) -> None:
         config = self.decoder.config
         if any(module in attention.SITES for module in modules):
             raise ValueError("a span plan is already applied to this model; remove it first")
-        if config._attn_implementation not in HOSTS:
+        host = _hosts.attention_implementation(config)
+        if host not in HOSTS:
             raise ValueError(
-                f"attention implementation {config._attn_implementation!r}: a span plan runs on {list(HOSTS)}; "
+                f"attention implementation {host!r}: a span plan runs on {list(HOSTS)}; "
                 "call model.set_attn_implementation('sdpa') first"
             )
         if None not in self.spans.shape.windows:
@@ -116,12 +117,12 @@ class AppliedSpans:
                 raise ValueError(
                     f"{config.model_type}: layer {layer} has learned attention sinks, which spans do not know"
                 )
-            host_function(module, config._attn_implementation)
+            _hosts.attention_function(module, host)
 
     def _set_implementation(self, old: str, new: str) -> None:
         for config in (self.decoder.config, *(module.config for module in self._modules)):
-            if config._attn_implementation_internal == old:
-                config._attn_implementation_internal = new
+            if _hosts.stored_implementation(config) == old:
+                _hosts.store_implementation(config, new)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if module is not self.decoder:  # a copied model has the hook, but not the plan
@@ -174,7 +175,7 @@ class AppliedSpans:
             return
         self.active = False
         self._hook.remove()
-        self.model.__dict__.pop(PREPARE, None)
+        self.model.__dict__.pop(_hosts.PREPARE_CACHE, None)
         host, name = self._names
         self._set_implementation(name, host)
         for module in self._modules:
@@ -233,7 +234,7 @@ def _virtual_tokens(model: Any) -> int:
 
 def _check_model(plan: SpanPlan, model: PreTrainedModel) -> None:
     """Whether a plan that knows its model is for this one: the same embeddings, or the same name."""
-    name = str(model.config._name_or_path)
+    name = _hosts.name_or_path(model.config)
     known = plan.embeddings is not None and plan.embeddings == family(model)
     if known or plan.model is None or _last(plan.model) == _last(name) or not (name or plan.embeddings):
         return

@@ -16,13 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moa import _hosts
 from moa.spans.layout import Sight, positions
 from moa.spans.runtime import columns, masks
 from moa.spans.runtime.cache import Owner, SpanLayer
 from moa.spans.runtime.columns import Kernel, Places, Run
 from moa.spans.runtime.heads import groups, heads_of
-from moa.spans.runtime.kernels import UNFUSED, host_function, kernel
+from moa.spans.runtime.kernels import UNFUSED, kernel
 
 PREFIX = "spans|"
 
@@ -41,7 +43,7 @@ SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
 def register(host: str) -> str:
     """Register the plan's attention and masks on top of ``host``; return the implementation's name."""
     name = PREFIX + host
-    if name not in AttentionInterface._global_mapping:
+    if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _on_top_of(host))
         masks.register(name, host)
     return name
@@ -70,7 +72,7 @@ def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
             run = kernel(module, host, query.dtype, scaling, dropout, rest)
             result = run(query, key, value, mask).transpose(1, 2).contiguous(), None
         else:
-            function = host_function(module, host)
+            function = _hosts.attention_function(module, host)
             result = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **rest)
         if layer is not None:
             layer.take_in(key, value, query.shape[2], _latest(attention_mask, query.shape[2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,23 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface
 
+from moa import _hosts
 from moa.spans.runtime.columns import Kernel
 
 HOSTS = ("sdpa", "eager")
 UNFUSED = ("softcap", "position_bias", "s_aux")  # what torch's fused attention cannot do
-
-
-def host_function(module: nn.Module, host: str) -> Any:
-    """The attention function that the module would call without a plan."""
-    if host != "eager":
-        return AttentionInterface._global_mapping[host]
-    for cls in type(module).__mro__:  # 'eager' is not registered: every modeling file has its own
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(f"{type(module).__name__} has no eager attention")
 
 
 def kernel(
@@ -44,7 +32,8 @@ def kernel(
                     f"{type(module).__name__} has {name}: a span plan needs attn_implementation='eager' for it"
                 )
         return Sdpa(dtype, scaling, dropout)
-    return Eager(dtype, partial(host_function(module, host), module, scaling=scaling, dropout=dropout, **rest))
+    function = _hosts.attention_function(module, host)
+    return Eager(dtype, partial(function, module, scaling=scaling, dropout=dropout, **rest))
 
 
 class Sdpa:
