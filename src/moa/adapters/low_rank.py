@@ -143,7 +143,9 @@ def changeable(y: Tensor) -> bool:
     """
     if _hosts.is_view(y):
         return False
-    return y.grad_fn is None or type(y.grad_fn).__name__.rstrip("0").removesuffix("Backward") in _CARELESS
+    if y.grad_fn is None:
+        return not y.requires_grad
+    return type(y.grad_fn).__name__.rstrip("0").removesuffix("Backward") in _CARELESS
 
 
 def add_product(y: Tensor, inner: Tensor, matrix: Tensor, scaling: float, part: Part | None) -> None:
