@@ -17,7 +17,10 @@ from moa.adapters.telemetry import gate_values
 
 BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"experts": []}, "nothing to train"),
-    ({"experts": ["lorra"]}, "'lorra' is not one of ['ia3', 'lora', 'parallel', 'prompt'] (did you mean 'lora'?)"),
+    (
+        {"experts": ["lorra"]},
+        "'lorra' is not one of ['adapter', 'ia3', 'lora', 'parallel', 'prompt'] (did you mean 'lora'?)",
+    ),
     ({"experts": [{"kind": "lora", "rank": 8}]}, "has no field 'rank'"),
     ({"experts": [{"kind": "lora", "r": 0}]}, "r=0 is outside of [1, inf]"),
     ({"experts": [{"kind": "lora", "dropout": 2}]}, "dropout=2 is outside of [0, 1]"),

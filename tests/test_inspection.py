@@ -223,6 +223,28 @@ def test_a_prompt_expert_is_asked_ungated():
     torch.testing.assert_close(gate * outputs["prompt"].whole, read[0] - read[1], atol=1e-5, rtol=1e-4)
 
 
+def test_rescaling_puts_out_what_it_changes():
+    """Ungated: on k the projection's output times its factors, on down the change of what the projection reads."""
+    model = tiny_moa(moa.MoAConfig(experts=[moa.Ia3Expert(targets=["k", "down"])]))
+    changes = {
+        layer.site: layer.moa_scale["default"].weight[0] for layer in experts_of(mixtures_of(model)[0], "default")
+    }
+    outputs, _ = caught(model, 0, texts()[0])
+    block, plain = model.get_base_model().model.layers[0], {}
+    for name, linear_layer in (("k", block.self_attn.k_proj), ("down", block.mlp.down_proj)):
+
+        def keep(module: Any, args: Any, output: Any, name: str = name) -> None:
+            plain[name] = args[0][0], output[0]
+
+        linear_layer.register_forward_hook(keep)
+    with torch.no_grad(), moa.gate_values(model) as record:
+        model(input_ids=torch.tensor([texts()[0]]))
+    gates = dict(zip(record.columns[0], record.gates[0][0].unsqueeze(-1).unbind(1), strict=True))
+    for site, now in (("ia3_k", plain["k"][1]), ("ia3_down", plain["down"][0])):
+        before = now / (1 + gates[site] * changes[site])
+        torch.testing.assert_close(outputs[site].whole, before * changes[site], atol=1e-5, rtol=1e-4)
+
+
 def test_watching_leaves_no_trace():
     model = tiny_moa()
     before, keys = logits(model), list(model.state_dict())

@@ -14,7 +14,18 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import moa
-from moa import Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert, Router, Softmax, Threshold, TopK
+from moa import (
+    AdapterExpert,
+    Copies,
+    Ia3Expert,
+    LoraExpert,
+    ParallelExpert,
+    PromptExpert,
+    Router,
+    Softmax,
+    Threshold,
+    TopK,
+)
 
 ALL_SEVEN = ["q", "k", "v", "o", "gate", "up", "down"]
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -69,6 +80,17 @@ EVERY_MIXTURE: dict[str, dict[str, Any]] = {
     "some-blocks": {"experts": [LoraExpert(layers=[1]), ParallelExpert(layers=[0]), PromptExpert(layers=[1])]},
     "ia3": {"experts": [Ia3Expert(), LoraExpert(["k", "down"], r=2)]},
     "ia3-copies": {"experts": [Ia3Expert(copies=Copies(3)), PromptExpert(length=3)], "gating": Threshold()},
+    "adapter": {"experts": [AdapterExpert(size=6)]},
+    "adapter-copies": {"experts": [AdapterExpert(size=4, copies=Copies(3, shared=True))], "gating": Threshold()},
+    "adapter-beside-all": mixture(
+        experts=[
+            LoraExpert(r=3),
+            PromptExpert(length=3),
+            ParallelExpert(size=4),
+            Ia3Expert(["v"]),
+            AdapterExpert(size=5),
+        ]
+    ),
     "copies-softmax": copied(Softmax()),
     "copies-shared": copied(Softmax(), shared=True),
     "copies-threshold": copied(Threshold(gamma_max=1 / 3, score="softmax", train_threshold="shifted"), bias=True),

@@ -2,7 +2,7 @@
 
 import moa.adapters  # noqa: F401  (registers MOA with PEFT)
 from moa.adapters.config import MoAConfig
-from moa.adapters.experts import Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert
+from moa.adapters.experts import AdapterExpert, Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Soft, Softmax, Threshold, TopK
 from moa.adapters.presets import preset
 from moa.adapters.reference import load_reference, reference_config
@@ -11,6 +11,7 @@ from moa.adapters.telemetry import gate_values
 from moa.spans import SpanPlan, apply_spans
 
 __all__ = [
+    "AdapterExpert",
     "Copies",
     "Ia3Expert",
     "LoraExpert",

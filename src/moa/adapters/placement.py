@@ -129,10 +129,22 @@ def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfi
             f"{expert.kind} expert needs. The block's linear layers are {describe(block.module)}. Name it with "
             f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
         )
-    return _attention_obstacle(block, host) if role == "attention" else None
+    if role != "attention":
+        return None
+    return _interface_obstacle(block, host) if expert.needs_attention_interface else _output_obstacle(block, host)
 
 
-def _attention_obstacle(block: BlockView, host: Host) -> str | None:
+def _output_obstacle(block: BlockView, host: Host) -> str | None:
+    """Why what an attention module puts out is not what its block adds to the residual stream."""
+    path, output = block.architecture.attention, block.architecture.o
+    if output is not None and not output.startswith(f"{path}."):
+        return f"its attention's output projection {output!r} comes after the module {path!r} that would host it"
+    if "residual" in inspect.signature(type(host.module).forward).parameters:
+        return "its attention adds the residual stream itself"
+    return None
+
+
+def _interface_obstacle(block: BlockView, host: Host) -> str | None:
     """Why an attention module cannot host prompts, whose keys and values come from running it up to the interface."""
     attention = host.module
     if not uses_interface(attention):

@@ -1,5 +1,6 @@
 """The kinds of experts, by the name they have in a configuration."""
 
+from moa.adapters.experts.adapter import AdapterExpert, AdapterLayer
 from moa.adapters.experts.base import Copies, ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.ia3 import Ia3Expert, Ia3Layer
 from moa.adapters.experts.lora import LoraExpert, LoraLayer
@@ -7,11 +8,12 @@ from moa.adapters.experts.parallel import ParallelExpert, ParallelLayer
 from moa.adapters.experts.prompt import PromptExpert, PromptLayer
 
 EXPERTS: dict[str, type[ExpertLayer]] = {
-    layer.config.kind: layer for layer in (LoraLayer, PromptLayer, ParallelLayer, Ia3Layer)
+    layer.config.kind: layer for layer in (LoraLayer, PromptLayer, ParallelLayer, Ia3Layer, AdapterLayer)
 }
 
 __all__ = [
     "EXPERTS",
+    "AdapterExpert",
     "Copies",
     "ExpertConfig",
     "ExpertLayer",
