@@ -1,6 +1,6 @@
 """Time and memory of Soft and Sparse MoA against PEFT's LoRA and the base model, by family and dtype.
 
-    python benchmarks/speed.py                                        # the whole table, about half an hour on a quiet core
+    python benchmarks/speed.py                                        # the whole table, half an hour on a quiet core
     python benchmarks/speed.py --families llama --dtypes float32 --work decode1 --rounds 40
     python benchmarks/speed.py --quantised nf4 int8                   # bases of bitsandbytes, where it is installed
 
