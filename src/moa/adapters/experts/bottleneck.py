@@ -6,7 +6,7 @@ block to block of its width, so that a mixture of eight LoRAs is still two produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moa import _hosts
 from moa.adapters.context import Forward, Reading
 from moa.adapters.experts.base import ExpertLayer, as_tensor
-from moa.adapters.low_rank import read, tiled, weighted, write
+from moa.adapters.low_rank import Part, read, tiled, weighted, write
 
 
 class UpProjection(nn.Module):
@@ -64,21 +64,21 @@ class Quick:
     It holds the modules' own dictionaries of parameters and none of their tensors: weights are those of the moment.
     """
 
-    def __init__(self, factors: Factors, output: int | None):
+    def __init__(self, factors: Factors, output: int | None, part: Part | None):
         self.modules = (factors.first, factors.second)
         self.first, self.second = (_hosts.parameters(module) for module in self.modules)
         self.activation = getattr(factors.activation, "forward", factors.activation)
-        self.scaling = factors.scaling
         self.output = output
+        self.part = part
 
     def fits(self, x: Tensor) -> bool:
-        """Whether weights are float32, or as wide as ``x``, and lie where their modules say."""
-        dtype = self.first["weight"].dtype  # type: ignore[union-attr]
-        if dtype is not torch.float32 and (dtype is not torch.float64 or x.dtype is not torch.float64):
+        """Whether weights have the dtype that is computed in, and lie where their modules say."""
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        if self.first["weight"].dtype is not dtype:  # type: ignore[union-attr]
             return False
         return not (_hosts.is_watched(self.modules[0]) or _hosts.is_watched(self.modules[1]))
 
-    def add_to(self, y: Tensor, x: Tensor, now: Forward, adapter: str) -> Tensor:
+    def add_to(self, y: Tensor, x: Tensor, now: Forward, adapter: str, scaling: float) -> Tensor:
         """``y += gate * scaling * (U act(D x + b) + c)`` in place."""
         wide = x if x.dtype is torch.float32 else now.wide(x)
         inner = F.linear(wide, self.first["weight"], self.first.get("bias"))  # type: ignore[arg-type]
@@ -88,11 +88,12 @@ class Quick:
         delta = F.linear(inner, self.second["weight"], bias if bias is None else bias[0])  # type: ignore[arg-type]
         gate = now.gate(adapter, self.output, wide)
         if isinstance(gate, Tensor):
-            delta, gate = delta * gate, 1.0
-        return y.add_(
-            delta if delta.shape == y.shape else delta.view(y.shape),
-            alpha=self.scaling if gate is None else gate * self.scaling,
-        )
+            delta = delta * gate
+        elif gate is not None:
+            scaling *= gate
+        own = y if self.part is None else self.part.of(y)
+        own.add_(delta if delta.shape == own.shape else delta.view(own.shape), alpha=scaling)
+        return y
 
 
 class BottleneckLayer(ExpertLayer):
@@ -104,6 +105,7 @@ class BottleneckLayer(ExpertLayer):
     """
 
     readers: Sequence[BottleneckLayer] = ()
+    scaling: Mapping[str, float] = {}
 
     def hook(self) -> None:
         self.quick: dict[str, Quick | None] = {}
@@ -124,7 +126,7 @@ class BottleneckLayer(ExpertLayer):
 
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         if now.few and (quick := self._quick(adapter, x)) is not None:
-            return quick.add_to(y, x, now, adapter)
+            return quick.add_to(y, x, now, adapter, self.scaling.get(adapter, 1.0))
         factors = self.factors(adapter)
         if torch.compiler.is_compiling() or _hosts.is_watched(factors.first) or _hosts.is_watched(factors.second):
             return super().apply_to(now, adapter, x, y)
@@ -169,8 +171,8 @@ class BottleneckLayer(ExpertLayer):
         if adapter not in self.quick:
             factors = self.factors(adapter)
             bias = _hosts.parameters(factors.second).get("bias")
-            plain = self.place.part is None and self.number_of_copies(adapter) == 1 and (bias is None or len(bias) == 1)
-            self.quick[adapter] = Quick(factors, self.output[adapter]) if plain else None
+            plain = self.number_of_copies(adapter) == 1 and (bias is None or len(bias) == 1)
+            self.quick[adapter] = Quick(factors, self.output[adapter], self.place.part) if plain else None
         quick = self.quick[adapter]
         return quick if quick is not None and quick.fits(x) else None
 

@@ -68,7 +68,7 @@ class LoraLayer(BottleneckLayer):
 
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # of the product; read anew at every call
 
     def build(self, adapter: str, config: LoraExpert, init_weights: bool) -> None:
         copies = config.copies
