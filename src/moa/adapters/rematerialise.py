@@ -38,7 +38,7 @@ class Saver:
     """A pair of hooks on saved tensors, on top of ``outer``."""
 
     def __init__(self, outer: tuple[Any, Any] | None):
-        self._pack, self._unpack = outer or (_same, _same)
+        self._pack, self._unpack = outer or (_keep, _kept)
 
     def pack(self, tensor: Tensor) -> Any:
         recipe = recipe_of(tensor)
@@ -53,7 +53,20 @@ class Saver:
             return packed.function(*(self._unpack(argument) for argument in packed.arguments))
 
 
-def _same(tensor: Any) -> Any:
+def _keep(tensor: Tensor) -> tuple[Tensor, int]:
+    """Without its history (of an output, that would be a circle) and with its version: autograd counts no more where
+    there are hooks.
+    """
+    return tensor.detach(), _hosts.version(tensor)
+
+
+def _kept(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, version = packed
+    if _hosts.version(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {list(tensor.shape)} that a decoder block keeps for backward"
+        )
     return tensor
 
 
