@@ -201,7 +201,7 @@ CHANGES: dict[str, Callable[[PeftModel, Path], None]] = {
 def test_changed_weights_act_at_once_while_a_cache_goes_on(
     change: Callable[[PeftModel, Path], None], tmp_path: Path
 ) -> None:
-    """The text's own keys stay those of the old weights; the prompt's are the new ones, as without memory."""
+    """The text's own keys stay those of the old weights; the prompt's are the new ones, as if nothing were kept."""
     model = adapted()
     cache = started(model)
     unchanged = next_logits(model, copy.deepcopy(cache))
