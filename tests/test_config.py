@@ -70,7 +70,9 @@ def test_overrides_reach_experts_and_configuration() -> None:
 
 
 def test_a_dict_changes_only_the_fields_it_names() -> None:
-    assert moa.preset("instance-moa", router={"hidden_per_expert": 0}).router == Router(0, level="instance")
+    assert moa.preset("instance-moa", router={"input": "attention"}).router == Router(
+        4, level="instance", initial_logit=0
+    )
     assert moa.preset("sparse-moa", gating={"gamma_max": 0.2}).gating == Threshold(gamma_max=0.2)
     assert moa.preset("sparse-moa", gating={"kind": "topk", "k": 3}).gating == moa.TopK(k=3)
 
@@ -126,7 +128,7 @@ def test_gates_start_where_initial_logit_says(hidden: int) -> None:
             model(torch.tensor([[1, 2, 3]]))
         return record.gates[0]
 
-    torch.testing.assert_close(gates(initial_logit=2.0).logit(), gates().logit() + 2)
+    torch.testing.assert_close(gates(initial_logit=2.0).logit(), gates(initial_logit=0.0).logit() + 2)
     with pytest.raises(ValueError, match="initial_logit=1 needs bias=True"):
         Router(bias=False, initial_logit=1)
 

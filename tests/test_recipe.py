@@ -17,8 +17,8 @@ LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 
 # Millions of parameters on Llama-3.1-8B, counted on the official code (its recorded settings).
 OFFICIAL = {
-    "soft-moa": 24.52,
-    "sparse-moa": 22.29,
+    "paper-soft-moa": 24.52,
+    "paper-sparse-moa": 22.29,
     "instance-moa": 24.52,
     "lora": 23.07,
     "prompt": 1.31,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -56,14 +57,16 @@ class Mixture(RouterLayer):
         self._over_text: set[str] = set()  # adapters whose router reads more than a token
 
     def set_router(self, adapter: str, router: Router, columns: list[str], outputs: list[int]) -> None:
-        """How ``adapter`` routes; `add_router` creates the weights."""
+        """How ``adapter`` routes; `add_router` creates the weights. A block without attention is read raw."""
+        (attention,) = self.attention
+        if attention is None:
+            router = replace(router, input="block")
         self.router[adapter] = router
         self._over_text.discard(adapter)
         if router.level != "token":
             self._over_text.add(adapter)
         self.columns[adapter] = columns
         self.column_outputs[adapter] = outputs
-        (attention,) = self.attention
         if router.input == "attention" and not self._parameters_of_attention:
             self._parameters_of_attention = parameters_of_forward(type(attention))
             self.keep(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))  # type: ignore[union-attr]

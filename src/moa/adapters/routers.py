@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,22 +29,27 @@ class Router:
 
     Attributes:
         hidden_per_expert: 0 for one linear layer; otherwise a SwiGLU ``W2(silu(W1 x) * W3 x)`` whose hidden width is
-            this times the number of experts (official `swi_x`; 4 in the recorded runs).
+            this times the number of experts (official `swi_x`; 4 in the recorded runs, nearly a third of the weights).
         bias: whether its linear layers have one.
         level: ``token``; ``instance``: one decision for the text up to each token, from the running mean of the
             router's input (causal, the same in cached decoding); ``reference-instance``: the official mean over the
             whole sequence, padding and future included, frozen while decoding. For reproducing its numbers only.
-        input: ``block``: the block's raw input (paper, official native path); ``attention``: what the attention
-            module reads, after the norm if the family normalises first (official transformers path).
+        input: ``attention``: what the attention module reads, after the norm if the family normalises first (official
+            transformers path); a hybrid's blocks without attention read as ``block`` does. ``block``: the block's raw
+            input (paper, official native path), which grows by orders of magnitude from a pretrained model's first
+            block to its last.
         initial_logit: added to every output's bias at the start; with sigmoid gates, 0 lets experts start at about half
-            their strength, 2 at 0.88.
+            their strength (paper), 2 at 0.88.
+
+    The defaults are those that a pretrained model learned best with, see ``docs/results.md``; `PAPER_ROUTER` has the
+    paper's.
     """
 
-    hidden_per_expert: int = 4
+    hidden_per_expert: int = 0
     bias: bool = True
     level: str = "token"
-    input: str = "block"
-    initial_logit: float = 0.0
+    input: str = "attention"
+    initial_logit: float = 2.0
 
     def __post_init__(self) -> None:
         check_range("router: hidden_per_expert", self.hidden_per_expert, low=0, whole=True)
@@ -52,7 +57,14 @@ class Router:
         check_choice("router: input", self.input, ["block", "attention"])
         check_range("router: initial_logit", self.initial_logit, low=-10, high=10)
         if self.initial_logit and not self.bias:
-            raise ValueError(f"router: initial_logit={self.initial_logit} needs bias=True, it is where the bias starts")
+            raise ValueError(
+                f"router: initial_logit={self.initial_logit} needs bias=True, it is where the bias starts: "
+                "give initial_logit=0 to do without"
+            )
+
+
+PAPER_ROUTER: dict[str, Any] = {"hidden_per_expert": 4, "input": "block", "initial_logit": 0.0}
+"""What the paper's recorded runs say of the router (official `LLaMA3_soft_moa`)."""
 
 
 class RouterLayer(Attached):

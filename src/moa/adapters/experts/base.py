@@ -241,7 +241,7 @@ class ExpertLayer(Attached):
         if config.copies.number > 1:
             if "mixture_copies" not in _hosts.children(self):
                 self.mixture_copies = RouterLayer(self.host, self.in_features, self.context)
-            router = Router(hidden_per_expert=0, bias=config.copies.bias)
+            router = Router(hidden_per_expert=0, bias=config.copies.bias, initial_logit=0.0)
             self.mixture_copies.add_router(adapter, router, config.copies.gating, config.copies.number)
             self.mixture_copies.finish_adapter(adapter, inference_mode)
         self.finish_adapter(adapter, inference_mode)

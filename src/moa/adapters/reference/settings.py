@@ -166,7 +166,7 @@ def reference_config(variant: str, settings: Mapping[str, Any]) -> MoAConfig:
     if kind.shared_gates:
         _check_unipeft(given)
     width = 0 if kind.shared_gates else given["swi_x"]
-    router = Router(hidden_per_expert=width, level=kind.level, input=kind.input)
+    router = Router(hidden_per_expert=width, level=kind.level, input=kind.input, initial_logit=0.0)
     return MoAConfig(experts=experts, router=router, gating=kind.gating(given))
 
 
