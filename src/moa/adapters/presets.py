@@ -22,7 +22,11 @@ def _copies(number: int, gating: Any, *, shared: bool = False, bias: bool = Fals
 # 10. Its router is that of the `paper-` presets; the others depart from it, see docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "soft-moa": {"experts": [LoraExpert(), PromptExpert(), ParallelExpert()]},
-    "sparse-moa": {"experts": [LoraExpert(), ParallelExpert()], "gating": Threshold()},
+    "sparse-moa": {
+        "experts": [LoraExpert(), ParallelExpert()],
+        "router": Router(initial_logit=0.0),
+        "gating": Threshold(),
+    },
     "paper-soft-moa": {
         "experts": [LoraExpert(), PromptExpert(), ParallelExpert()],
         "router": Router(**PAPER_ROUTER),
