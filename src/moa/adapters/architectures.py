@@ -169,7 +169,7 @@ class BlockView:
         if role == "mlp" and isinstance(module, nn.Sequential):  # which would run a child as one more of its layers
             source, module = module[0], module[-1]
         if role not in PROJECTIONS:
-            width = self._attention_width() if role == "attention" else self.hidden_size
+            width = self.attention_width if role == "attention" else self.hidden_size
             return Host(module, source, width, self.hidden_size, None, self.config)
         size = linear_size(module)
         if size is None:  # stacked experts and other things that are not a linear layer
@@ -180,7 +180,8 @@ class BlockView:
             out_features = out_features // part.slots * (part.stop - part.start)
         return Host(module, module, in_features, out_features, part, self.config)
 
-    def _attention_width(self) -> int:
+    @property
+    def attention_width(self) -> int:
         """Width of what the attention module reads: the block's, but for those that see the embeddings beside it."""
         path = self.architecture.k if self.architecture.qkv_layout != "latent" else None
         module = find_module(self.module, path)

@@ -44,6 +44,7 @@ class Mixture(RouterLayer):
     def __init__(self, view: BlockView, blocks: int):
         super().__init__(view.module, view.hidden_size, BlockContext())
         self.index = view.index
+        self._attention_width = view.attention_width
         self.blocks = blocks
         self.mask_hides = view.architecture.mask_hides
         self.router: dict[str, Router] = {}
@@ -70,6 +71,10 @@ class Mixture(RouterLayer):
         if router.input == "attention" and not self._parameters_of_attention:
             self._parameters_of_attention = parameters_of_forward(type(attention))
             self.keep(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))  # type: ignore[union-attr]
+
+    def width(self, router: Router) -> int:
+        """Of what attention reads, which in some families is more than the block does."""
+        return self._attention_width if router.input == "attention" and self.attention[0] is not None else self.in_features
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""

@@ -84,17 +84,22 @@ class RouterLayer(Attached):
         self.gating: dict[str, Gating] = {}
         self._inputs: dict[str, list[nn.Linear]] = {}
 
+    def width(self, router: Router) -> int:
+        """Of the tokens that ``router`` reads here."""
+        return self.in_features
+
     def add_router(self, adapter: str, router: Router, gating: Gating, n_outputs: int) -> None:
         """Create the weights for ``adapter``: linear layers' default initialisation, biases of a SwiGLU zero, and
         ``initial_logit`` on top.
         """
+        width = self.width(router)
         self.gating[adapter] = gating
         self._inputs.pop(adapter, None)
         hidden = router.hidden_per_expert * n_outputs
         if hidden:
-            self.moa_w1[adapter] = nn.Linear(self.in_features, hidden, bias=router.bias)
-            self.moa_w3[adapter] = nn.Linear(self.in_features, hidden, bias=router.bias)
-        self.moa_w2[adapter] = nn.Linear(hidden or self.in_features, n_outputs, bias=router.bias)
+            self.moa_w1[adapter] = nn.Linear(width, hidden, bias=router.bias)
+            self.moa_w3[adapter] = nn.Linear(width, hidden, bias=router.bias)
+        self.moa_w2[adapter] = nn.Linear(hidden or width, n_outputs, bias=router.bias)
         if hidden and router.bias:
             for layer in (self.moa_w1, self.moa_w2, self.moa_w3):
                 nn.init.zeros_(layer[adapter].bias)
@@ -102,7 +107,7 @@ class RouterLayer(Attached):
             with torch.no_grad():
                 self.moa_w2[adapter].bias.add_(router.initial_logit)
         if gating.learns_threshold:
-            self.moa_threshold[adapter] = nn.Linear(self.in_features, 1)
+            self.moa_threshold[adapter] = nn.Linear(width, 1)
 
     def has(self, adapter: str) -> bool:
         """Whether the adapter has a router here."""
