@@ -29,7 +29,7 @@ def _paper_experts() -> list[ExpertConfig]:
 
 @dataclass
 class MoAConfig(PeftConfig):
-    """Configuration of a Mixture of Adapters (arXiv 2506.05928); the default is the paper's Soft MoA.
+    """Configuration of a Mixture of Adapters (arXiv 2506.05928); the default is Soft MoA, `preset("soft-moa")`.
 
     Experts, router and gating may be given as objects, as dicts, or (gating) by name alone.
 
