@@ -362,14 +362,6 @@ def test_after_deleting_the_first_adapter_the_second_acts():
     assert torch.equal(logits(model), before)
 
 
-def test_a_batch_cannot_mix_adapters():
-    model = two_adapters()
-    with pytest.raises(ValueError, match="one batch per adapter"):
-        model(input_ids=tokens(), adapter_names=["default", "second"])
-    with pytest.raises(ValueError, match="one batch per adapter"):
-        model.generate(input_ids=tokens(), adapter_names=["default", "second"], max_new_tokens=1)
-
-
 def test_mixed_peft_models_are_refused():
     with pytest.raises(ValueError, match="MOA"):
         get_peft_model(tiny_llama(), tiny_config(), mixed=True)

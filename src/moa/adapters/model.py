@@ -21,6 +21,7 @@ from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
+from moa.adapters.mixed_batch import read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.sharding import refuse_sharded
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
@@ -140,12 +141,23 @@ class MoAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names: one batch cannot mix several Mixtures of Adapters; run one batch per adapter "
-                "and switch with set_adapter()"
-            )
-        yield
+        """As PEFT's: around a forward or ``generate``. ``adapter_names`` says whose the rows are."""
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+        given = next((tensor for tensor in inputs if tensor is not None), None)
+        names = read_names(kwargs["adapter_names"], list(self.peft_config), given, self.training)
+        contexts = [module.context for module in self.model.modules() if isinstance(module, Mixture)]
+        before = [context.names for context in contexts]
+        with tell_wrappers(self.model, names):
+            try:
+                for context in contexts:
+                    context.names = names
+                yield
+            finally:
+                for context, name in zip(contexts, before, strict=True):
+                    context.names = name
 
 
 def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:

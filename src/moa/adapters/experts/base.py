@@ -169,12 +169,26 @@ class ExpertLayer(Attached):
         if now.bypassed:
             return output
         y = output[0] if isinstance(output, tuple) else output
-        x = self.input_of(module, args, kwargs, y)
-        for adapter in self.enabled():
-            if self.observers:
-                self.show(adapter, x, y)
-            y = self.apply_to(now, adapter, x, y)
+        y = self.add_all(now, self.input_of(module, args, kwargs, y), y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def add_all(self, now: Forward, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` with the updates of all adapters that take part, each in its own rows if the batch mixes adapters."""
+        if now.groups is None:
+            for adapter in self.enabled():
+                y = self._add(now, adapter, x, y)
+            return y
+        for group in now.groups:
+            if group.adapter in self.output:
+                with group.alone(self.context) as own:
+                    added = self._add(own, group.adapter, group.input(x), group.of(y))
+                y = group.put(y, added, in_place=y is not x)
+        return y
+
+    def _add(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.observers:
+            self.show(adapter, x, y)
+        return self.apply_to(now, adapter, x, y)
 
     def show(self, adapter: str, x: Tensor, y: Tensor) -> None:
         """Let observers see what `update` is about to be given."""
