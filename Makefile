@@ -18,7 +18,7 @@ OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest hosts hosts-resolve distributed wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest hosts hosts-resolve quantised distributed wheel-test test-oldest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -74,6 +74,23 @@ $(HOST_ENVS)/%/.installed: pyproject.toml
 		|| $(HOST_ENVS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
+# One environment with every quantiser that installs without an accelerator. They import one another's old names.
+QUANTISERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 hqq==0.2.8.post1 gptqmodel==7.6.0 optimum gguf
+QUANTISED := .venv-quantised
+
+quantised: $(QUANTISED)/.installed  ## train, save, load and decode on quantised bases, beside LoRA
+	MOA_QUANTISED=1 OMP_NUM_THREADS=1 $(QUANTISED)/bin/python -m pytest -n 0 -W default tests/test_quantised.py
+
+# gptqmodel builds against the torch that is there, with a newer setuptools than venv brings.
+$(QUANTISED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(QUANTISED)
+	$(QUANTISED)/bin/python $(PIP) '$(TORCH)' wheel ninja 'setuptools>=80'
+	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(QUANTISED)/constraints.txt
+	BUILD_CUDA_EXT=0 $(QUANTISED)/bin/python $(PIP) --no-build-isolation $(QUANTISERS) \
+		-c $(QUANTISED)/constraints.txt
+	$(QUANTISED)/bin/python $(PIP) -c $(QUANTISED)/constraints.txt -e '.[train]' pytest pytest-timeout pytest-xdist
+	touch $@
+
 distributed: $(VENV)/.installed  ## two processes on gloo: DDP and FSDP2 against one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_distributed.py
 
@@ -116,4 +133,4 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(HOST_ENVS) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(HOST_ENVS) $(QUANTISED) site dist .mypy_cache .ruff_cache .pytest_cache

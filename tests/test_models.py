@@ -30,8 +30,8 @@ MERGED = "qz"  # a byte-level vocabulary without a single merge cannot be read
 SHAPE = {"vocab_size": 260, "tie_word_embeddings": False}
 
 
-def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object) -> None:
-    """A Llama and a byte-level tokenizer in one GGUF file, unquantised."""
+def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object, quantised: str | None = None) -> None:
+    """A Llama and a byte-level tokenizer in one GGUF file, its matrices as they are or in a form such as Q8_0."""
     config, heads = (
         model.config,
         {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads},
@@ -61,7 +61,9 @@ def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object) -> None:
         written, array = names.get_name(stem), tensor.float().numpy()
         if n := heads.get(written.rpartition(".")[2]):  # llama.cpp rotates neighbours, transformers halves
             array = array.reshape(n, 2, array.shape[0] // n // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(f"{written}.{kind}", array)
+        form = gguf.GGMLQuantizationType[quantised] if quantised and array.ndim == 2 else None
+        array = array if form is None else gguf.quants.quantize(array, form)
+        writer.add_tensor(f"{written}.{kind}", array, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

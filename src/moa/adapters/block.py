@@ -20,6 +20,7 @@ from moa import _hosts
 from moa.adapters.architectures import BlockView
 from moa.adapters.context import BlockContext, Forward, Gate, Reading, bound_arguments, parameters_of_forward
 from moa.adapters.gating import Gates
+from moa.adapters.gradients import check_not_packed, four_bit_layers
 from moa.adapters.rematerialise import rematerialised
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.running_mean import Text, pool, text_of
@@ -51,6 +52,7 @@ class Mixture(RouterLayer):
         self.auxiliary: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
+        self._four_bit = tuple(four_bit_layers(view.module))
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []
         self._over_text: set[str] = set()  # adapters whose router reads more than a token
@@ -70,6 +72,8 @@ class Mixture(RouterLayer):
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
+        if self._four_bit and self.host.training and torch.is_grad_enabled():
+            check_not_packed(self._four_bit, self.index)
         now = self.context.open(hidden, self.host.training)
         past = None
         if self._needs_text(now):

@@ -97,6 +97,8 @@ class MoAModel(BaseTuner):
                 inference_mode=peft_config.inference_mode,
             )
         share_inputs(mixture)
+        if any(_hides_children(placement.host.module) for placement in plan.placements):
+            mixture.keep(mixture.host.register_state_dict_post_hook(_add_hidden))
 
     def _expert_at(self, placement: Any, mixture: Mixture) -> ExpertLayer:
         """The layer at a placement's site, shared by all adapters that have this kind of expert there."""
@@ -167,6 +169,18 @@ def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: 
         if mixture is not None and any(mixture.auxiliary[name] for name in mixture.enabled(mixture.auxiliary)):
             follow_loss(outputs, kwargs)
     return outputs
+
+
+def _hides_children(host: nn.Module) -> bool:
+    """Whether a base layer writes a state dict of its own, as HQQ's do, in which what is attached to it is missing."""
+    return type(host).state_dict is not nn.Module.state_dict
+
+
+def _add_hidden(block: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook: adds to a block's state dict the experts in layers that hide them."""
+    for name, layer in block.named_modules():
+        if isinstance(layer, ExpertLayer) and _hides_children(layer.host):
+            layer.state_dict(destination=state, prefix=f"{prefix}{name}.")
 
 
 # Roles whose experts usually read one and the same tensor. Whether they do is asked again at every forward.

@@ -26,6 +26,7 @@ from moa.adapters.architectures import Host
 from moa.adapters.choices import build, check_range, from_fields
 from moa.adapters.context import BlockContext, Forward, Gate, Weights, first_argument
 from moa.adapters.gating import GATINGS, Gates, Softmax
+from moa.adapters.gradients import check_gradient
 from moa.adapters.low_rank import widen
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.tuner import Attached
@@ -169,7 +170,10 @@ class ExpertLayer(Attached):
         if now.bypassed:
             return output
         y = output[0] if isinstance(output, tuple) else output
-        y = self.add_all(now, self.input_of(module, args, kwargs, y), y)
+        x = self.input_of(module, args, kwargs, y)
+        if self.training:
+            check_gradient(self.site, module, x, y)
+        y = self.add_all(now, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def add_all(self, now: Forward, x: Tensor, y: Tensor) -> Tensor:

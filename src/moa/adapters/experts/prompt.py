@@ -23,6 +23,7 @@ from moa.adapters import attention_interface
 from moa.adapters.choices import check_range
 from moa.adapters.context import Forward, bound_arguments, parameters_of_forward
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, as_tensor
+from moa.adapters.gradients import check_gradient
 from moa.adapters.prompt_attention import KeptPrompt, Prompt, add_prompt, prompt_alone
 
 
@@ -114,6 +115,8 @@ class PromptLayer(ExpertLayer):
         now.notes["scaling"] = scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         arguments = now.notes[id(self)]
         hidden = arguments["hidden_states"]
+        if self.training:
+            check_gradient(self.site, attention, hidden, query)
         if now.groups is None:
             for adapter in self.enabled():
                 output = self._attend(now, adapter, query, hidden, scale, output)
