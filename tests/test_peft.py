@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,18 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from tiny import adapter_tensors, is_adapter, logits, padded, perturb, tiny_config, tiny_llama, tiny_moa, tokens
+from tiny import (
+    adapter_tensors,
+    is_adapter,
+    logits,
+    padded,
+    perturb,
+    tiny_config,
+    tiny_llama,
+    tiny_moa,
+    tiny_tokenizer,
+    tokens,
+)
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moa
@@ -228,6 +240,18 @@ def test_a_card_that_somebody_wrote_is_only_added_to(tmp_path):
     assert card.data.license == "mit"
     assert card.text.startswith("# My adapter\n\nOf letters.")
     assert card.text.count("How to load") == 1
+
+
+def test_the_snippet_of_the_card_runs(tmp_path, capsys):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, tiny_config()).save_pretrained(tmp_path / "adapter")
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(snippet.replace("path/to/this/adapter", str(tmp_path / "adapter")), {})
+    assert len(capsys.readouterr().out) > 20
 
 
 # --- files that do not fit --------------------------------------------------------------------------------------------
