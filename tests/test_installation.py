@@ -23,7 +23,9 @@ NEEDS = {
     ("datasets", "train"): "from moa.data import load_rows; load_rows('owner/name', split='train')",
     ("typer", "train"): "from moa.__main__ import main; main()",
     ("rich", "train"): "from moa.__main__ import main; main()",
+    ("scipy", "train"): "from moa.evaluation.accuracy import wilson; wilson(1, 2)",
     ("scipy", "bench"): "import moa.studies.statistics",
+    ("joblib", "bench"): "import moa.studies.engine",
     ("scipy", "search"): "import moa.spans.search.pricing",
     ("jinja2", "report"): "import moa.report.page",
 }

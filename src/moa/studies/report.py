@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moa.report.page import render, shade, write_page
-from moa.studies.results import COLUMNS, cells_of
+from moa.studies.methods import amount
+from moa.studies.results import has, table
 
 BADGES = {"holds": "holds", "fails": "fails", "open": "not shown", "unfinished": "unfinished"}
 WIDTH, LEFT, RIGHT, LINE = 760, 260, 130, 22  # of the plot, in CSS pixels
@@ -15,17 +16,20 @@ WIDTH, LEFT, RIGHT, LINE = 760, 260, 130, 22  # of the plot, in CSS pixels
 
 def write_report(results: Mapping[str, Any], path: Path) -> Path:
     """Write the page of `moa.studies.results.gather`'s results."""
+    columns, lines = table(results["rows"])
     body = render(
         "study.html",
         results=results,
         study=results["study"],
         claims=[claim | {"badge": BADGES[claim["outcome"]], "plot": forest(claim)} for claim in results["claims"]],
-        columns=COLUMNS,
-        table=[cells_of(row) for row in results["rows"]],
+        columns=columns,
+        table=lines,
+        amount=amount,
+        trained=[row for row in results["rows"] if row["trained_parameters"]],
         tasks=_tasks(results),
         routing=[row for row in results["rows"] if row["routing"]],
-        edges=[f"{row['method']} at {row['budget']:,}" for row in results["rows"] if row["rate_at_edge"]],
-        diverged=[f"{row['method']} at {row['budget']:,}" for row in results["rows"] if row["diverged"]],
+        edges=[_name(row) for row in results["rows"] if row["rate_at_edge"]],
+        diverged=[_name(row) for row in results["rows"] if row["diverged"]],
         shade=shade,
     )
     return write_page(path, results["title"], body)
@@ -47,7 +51,7 @@ def forest(claim: Mapping[str, Any]) -> dict[str, Any] | None:
     marks = [
         {
             "y": LINE * (place + 1),
-            "label": f"{entry['rival']} at {entry['budget']:,}",
+            "label": f"{entry['rival']} at {amount(entry['budget'])}",
             "low": x(entry["interval"][0]),
             "high": x(entry["interval"][1]),
             "dot": x(entry["difference"]),
@@ -67,28 +71,48 @@ def forest(claim: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['method']} at {amount(row['budget'])}"
+
+
+_UNITS = {
+    "accuracy": ("accuracy, %", 100, 1),
+    "answer_loss": ("answer loss, nats", 1, 3),
+    "text_loss": ("loss on running text, nats", 1, 3),
+}
+
+
 def _tasks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per metric a table of methods by tasks, each value with its tint among those of its task."""
+    """Per metric a table of methods by tasks, each value with its tint among those of its task.
+
+    What was learned in stages has a line for every stage: what a later one made of an earlier one's tasks.
+    """
     tables = []
-    for metric, (factor, digits) in {"accuracy": (100, 1), "answer_loss": (1, 3)}.items():
-        rows = [row for row in results["rows"] if row["metrics"].get(metric)]
-        if not rows:
+    for metric, (title, factor, digits) in _UNITS.items():
+        lines = {
+            _name(row) + f", after stage {stage + 1}" * bool(row["stages"]): sets
+            for row in results["rows"]
+            if row["metrics"].get(metric)
+            for stage, sets in enumerate([*row["stages"], row["sets"]])
+        }
+        if not lines:
             continue
-        names = list(rows[0]["sets"])
-        lines = []
-        for row in rows:
-            values = [row["sets"][name][metric] for name in names]
-            tints = [
-                _tint(value, [other["sets"][name][metric] for other in rows], metric)
-                for name, value in zip(names, values, strict=True)
-            ]
-            texts = ["" if value is None else f"{factor * value:.{digits}f}" for value in values]
-            lines.append(
-                {"name": f"{row['method']} at {row['budget']:,}", "values": list(zip(texts, tints, strict=True))}
-            )
-        tables.append(
-            {"metric": "accuracy, %" if metric == "accuracy" else "answer loss, nats", "names": names, "lines": lines}
-        )
+        names = [name for name, data in next(iter(lines.values())).items() if has(data, metric)]
+        columns = {name: [sets[name][metric] for sets in lines.values()] for name in names}
+        table = [
+            {
+                "name": line,
+                "values": [
+                    (
+                        "" if sets[name][metric] is None else f"{factor * sets[name][metric]:.{digits}f}",
+                        _tint(sets[name][metric], columns[name], metric),
+                    )
+                    for name in names
+                ],
+            }
+            for line, sets in lines.items()
+        ]
+        tables.append({"metric": title, "names": names, "lines": table})
     return tables
 
 

@@ -25,8 +25,8 @@ def gather(plan: Plan) -> dict[str, Any]:
     Methods and budgets with a cell missing are left out of rows and comparisons and counted as missing.
     """
     study = plan.study
-    finished: dict[tuple[str, int], list[Result]] = {}
-    rates: dict[tuple[str, int], float] = {}
+    finished: dict[tuple[str, float], list[Result]] = {}
+    rates: dict[tuple[str, float], float] = {}
     missing = 0
     for method in study.methods:
         own = plan.rates([method])
@@ -51,14 +51,31 @@ def gather(plan: Plan) -> dict[str, Any]:
         "at_chance": _at_chance(rows, finished),
         "missing_cells": missing,
         "tries": len(study.tuning.learning_rates) * len(study.tuning.seeds),
-        "versions": next((results[0]["versions"] for results in finished.values()), {}),
+        "versions": _versions([result for results in finished.values() for result in results]),
         "rows_digest": plan.rows.digest,
         "study": study.to_dict(),
     }
 
 
-def _scores(finished: Mapping[tuple[str, int], list[Result]], metric: str) -> Scores:
-    return {key: {name: matrix(cells, name, metric) for name in cells[0]["sets"]} for key, cells in finished.items()}
+def _versions(results: list[Result]) -> dict[str, str]:
+    """Of all cells; where they differ, all of them."""
+    seen: dict[str, list[str]] = {}
+    for result in results:
+        for name, number in result["versions"].items():
+            seen[name] = list(dict.fromkeys([*seen.get(name, []), number]))
+    return {name: " and ".join(numbers) for name, numbers in seen.items()}
+
+
+def _scores(finished: Mapping[tuple[str, float], list[Result]], metric: str) -> Scores:
+    return {
+        key: {name: matrix(cells, name, metric) for name, data in cells[0]["sets"].items() if has(data, metric)}
+        for key, cells in finished.items()
+    }
+
+
+def has(data: Mapping[str, Any], metric: str) -> bool:
+    """Whether a metric is measured on a set: losses of running text, or of questions."""
+    return (data["family"] == "text") == (metric == "text_loss")
 
 
 def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:
     return np.array([result["sets"][task].get(metric, [np.nan] * rows) for result in results], dtype=float)
 
 
-def _row(plan: Plan, method: str, budget: int, results: list[Result], rate: float) -> dict[str, Any]:
+def _row(plan: Plan, method: str, budget: float, results: list[Result], rate: float) -> dict[str, Any]:
     rates = plan.study.tuning.learning_rates
     steps = [result["step_seconds"] for result in results if result["step_seconds"]]
     fitted = plan.fits[method, budget]
@@ -89,12 +106,26 @@ def _row(plan: Plan, method: str, budget: int, results: list[Result], rate: floa
         "sets": {name: _set(results, name, plan.study) for name in results[0]["sets"]},
         "step_seconds": fmean(steps) if steps else None,
         "peak_memory_mib": max(result["peak_memory_mib"] for result in results),
+        "kv_share": _kv_share(results),
+        "stages": _stages(results, plan.study),
         "routing": _routing(results),
     }
 
 
+def _kv_share(results: list[Result]) -> float | None:
+    """Mean over sets and seeds; None: all of it."""
+    shares = [data["kv_share"] for result in results for data in result["sets"].values() if "kv_share" in data]
+    return fmean(shares) if shares else None
+
+
+def _stages(results: list[Result], study: Study) -> list[dict[str, Any]]:
+    """What every set scored after each stage but the last, means over the seeds; empty where nothing followed."""
+    stages = zip(*(result.get("stages", []) for result in results), strict=False)
+    return [{name: _set(list(same), name, study) for name in same[0]["sets"]} for same in stages]
+
+
 def _metric(results: list[Result], metric: str) -> dict[str, Any] | None:
-    scores = [matrix(results, task, metric) for task in results[0]["sets"]]
+    scores = [matrix(results, task, metric) for task, data in results[0]["sets"].items() if has(data, metric)]
     sound = np.all([np.isfinite(score).all(1) for score in scores], axis=0)
     if not sound.any():
         return None
@@ -125,6 +156,7 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
             "step": states[0]["step"],
             "active": fmean(share for state in states for share in _all(state, "active")),
             "dead": fmean(sum(len(block["dead"]) for block in state["blocks"]) for state in states),
+            "entropy": _entropy(states),
         }
         for states in zip(*runs, strict=True)
     ]
@@ -134,6 +166,7 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
             "block": same[0]["block"],
             "gate": {name: fmean(block["gate"][name] for block in same) for name in same[0]["gate"]},
             "active": {name: fmean(block["active"][name] for block in same) for name in same[0]["active"]},
+            "strongest": max((share for block in same for share in block.get("strongest", {}).values()), default=None),
             "dead": sorted({name for block in same for name in block["dead"]}),
         }
         for same in zip(*last, strict=True)
@@ -143,16 +176,23 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
         "experts": fmean(len(_all(run[-1], "active")) for run in runs),
         "active": course[-1]["active"],
         "dead": course[-1]["dead"],
+        "entropy": course[-1]["entropy"],
         "course": course,
         "blocks": blocks,
     }
+
+
+def _entropy(states: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean over blocks and seeds, in [0, 1]; None where routers have one expert, or cells are too old to say."""
+    known = [block["entropy"] for state in states for block in state["blocks"] if block.get("entropy") is not None]
+    return fmean(known) if known else None
 
 
 def _all(state: Mapping[str, Any], key: str) -> list[float]:
     return [value for block in state["blocks"] for value in block[key].values()]
 
 
-def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, int], list[Result]]) -> list[str]:
+def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, float], list[Result]]) -> list[str]:
     """Sets on which not even the best method can be told from guessing."""
     found = []
     for name in next(iter(rows), {"sets": {}})["sets"]:
@@ -165,23 +205,35 @@ def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, int], li
     return found
 
 
-COLUMNS = ("method", "budget", "parameters", "rate", "accuracy %", "answer loss", "ms a step", "MiB", "active", "dead")
+COLUMNS = (
+    *("method", "budget", "parameters", "KV %", "rate", "accuracy %", "answer loss", "text loss", "ms a step", "MiB"),
+    *("active", "entropy", "dead"),
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns in which some row says something, and the rows as text in their order."""
+    texts = [cells_of(row) for row in rows]
+    kept = [place for place, name in enumerate(COLUMNS) if any(text[place] for text in texts) or not texts]
+    return [COLUMNS[place] for place in kept], [[text[place] for place in kept] for text in texts]
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:
     """One row of the table as text, in the order of `COLUMNS`."""
-    accuracy, loss = (row["metrics"].get(metric) for metric in ("accuracy", "answer_loss"))
-    routing = row["routing"]
+    routing, trained, metrics = row["routing"], row["trained_parameters"], row["metrics"]
     return [
         row["method"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
         f"{row['budget']:,}",
-        f"{row['trained_parameters']:,}",
-        f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else ""),
-        _with_interval(accuracy, 100, 1),
-        _with_interval(loss, 1, 4),
+        f"{trained:,}" if trained else "",
+        "" if row["kv_share"] is None else f"{100 * row['kv_share']:.1f}",
+        f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else "") if trained else "",
+        _with_interval(metrics.get("accuracy"), 100, 1),
+        _with_interval(metrics.get("answer_loss"), 1, 4),
+        _with_interval(metrics.get("text_loss"), 1, 4),
         "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
         f"{row['peak_memory_mib']:.0f}",
         "" if routing is None else f"{routing['active']:.0%}",
+        "" if routing is None or routing["entropy"] is None else f"{routing['entropy']:.2f}",
         "" if routing is None else f"{routing['dead']:.1f} of {routing['experts']:.0f}",
     ]
 
@@ -206,6 +258,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"# {results['title']}", ""]
     for claim in results["claims"]:
         lines += [f"**{claim['text']}**", "", claim["verdict"], ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cells_of(row)) + " |" for row in results["rows"]]
+    columns, rows = table(results["rows"])
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
