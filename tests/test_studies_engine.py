@@ -52,7 +52,7 @@ def sets_of(planned: Plan) -> dict[str, Any]:
     return {cell.name: result["sets"] for cell, result in done.items()}
 
 
-def soon(condition: Callable[[], Any], seconds: float = 240) -> Any:
+def soon(condition: Callable[[], Any], seconds: float = 600) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -76,6 +76,7 @@ def process_of(planned: Plan) -> psutil.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_killed_worker_costs_its_own_cell(tree, tmp_path):
     planned = plan(Study.from_tree(tree))
 
@@ -99,6 +100,7 @@ def test_a_killed_worker_costs_its_own_cell(tree, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_lost_machine_costs_its_cells_another_start(tree, tmp_path):
     """A cluster of two machines on this one, of which the second is taken away while it trains."""
     pytest.importorskip("ray", reason="needs the extra 'ray'")

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from moa.adapters.choices import check_choice
+from moa.evaluation.likelihood import KINDS
 from moa.spans import SpanPlan
 from moa.studies import cells as grid
 from moa.studies.budget import Fit, fit
@@ -107,7 +108,8 @@ def plan(study: Study, only: Sequence[str] = (), progress: Callable[[str], objec
             if file and file.endswith(".json"):
                 SpanPlan.load(Path(file).expanduser())
     rows = load(study.data, study.base, trains=any(method.trains for method in study.methods.values()))
-    measured = {"accuracy": rows.sets, "answer_loss": rows.sets, "text_loss": rows.texts}
+    few = [data for data in rows.sets if data.kind in KINDS]
+    measured = {"accuracy": rows.sets, "choice": few, "answer_loss": rows.sets, "text_loss": rows.texts}
     if idle := [metric for metric in study.metrics if not measured[metric]]:
         raise ValueError(f"metrics names {idle}, but no set of data.test={study.data.test} can be measured so")
     fits: dict[tuple[str, float], Fit] = {}

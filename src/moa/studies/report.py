@@ -77,6 +77,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 _UNITS = {
     "accuracy": ("accuracy, %", 100, 1),
+    "choice": ("most likely choice right, %", 100, 1),
     "answer_loss": ("answer loss, nats", 1, 3),
     "text_loss": ("loss on running text, nats", 1, 3),
 }
@@ -120,4 +121,8 @@ def _tint(value: float | None, column: list[float | None], metric: str) -> str:
     known = [other for other in column if other is not None]
     if value is None:
         return shade(0)
-    return shade(value, min(known), max(known)) if metric == "accuracy" else shade(-value, -max(known), -min(known))
+    return (
+        shade(value, min(known), max(known))
+        if metric in ("accuracy", "choice")
+        else shade(-value, -max(known), -min(known))
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moa.evaluation.accuracy import wilson
+from moa.evaluation.likelihood import KINDS
 from moa.evaluation.results import write
 from moa.studies import cells as grid
 from moa.studies.claims import Claim
@@ -74,8 +75,10 @@ def _scores(finished: Mapping[tuple[str, float], list[Result]], metric: str) -> 
 
 
 def has(data: Mapping[str, Any], metric: str) -> bool:
-    """Whether a metric is measured on a set: losses of running text, or of questions."""
-    return (data["family"] == "text") == (metric == "text_loss")
+    """Whether a metric is measured on a set: of running text its loss, of answers that are one of a few the choice."""
+    if data["family"] == "text" or metric == "text_loss":
+        return data["family"] == "text" and metric == "text_loss"
+    return metric != "choice" or data["kind"] in KINDS
 
 
 def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def _metric(results: list[Result], metric: str) -> dict[str, Any] | None:
         return None
     found = estimate([score[sound] for score in scores])
     low, high = found.interval
-    if metric == "accuracy":
+    if metric in ("accuracy", "choice"):
         low, high = max(low, 0.0), min(high, 1.0)
     spread = stdev(found.by_seed) if len(found.by_seed) > 1 else None
     return {"mean": found.mean, "interval": [low, high], "by_seed": found.by_seed, "sd_of_seeds": spread}
@@ -206,7 +209,19 @@ def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, float], 
 
 
 COLUMNS = (
-    *("method", "budget", "parameters", "KV %", "rate", "accuracy %", "answer loss", "text loss", "ms a step", "MiB"),
+    *(
+        "method",
+        "budget",
+        "parameters",
+        "KV %",
+        "rate",
+        "accuracy %",
+        "choice %",
+        "answer loss",
+        "text loss",
+        "ms a step",
+        "MiB",
+    ),
     *("active", "entropy", "dead"),
 )
 
@@ -228,6 +243,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
         "" if row["kv_share"] is None else f"{100 * row['kv_share']:.1f}",
         f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else "") if trained else "",
         _with_interval(metrics.get("accuracy"), 100, 1),
+        _with_interval(metrics.get("choice"), 100, 1),
         _with_interval(metrics.get("answer_loss"), 1, 4),
         _with_interval(metrics.get("text_loss"), 1, 4),
         "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from moa.data import prompt_of, prompt_tokens
 from moa.evaluation.accuracy import evaluate
+from moa.evaluation.likelihood import KINDS, chosen
 from moa.evaluation.loss import answer_loss, answer_losses
 from moa.evaluation.results import PACKAGES
 from moa.evaluation.retrieval import TextSet, text_losses
@@ -180,6 +181,11 @@ def _scores(job: Job, model: Any, tokenizer: Any, data: Tested) -> dict[str, Any
             batch_size=1 if job.spans.pressed else 2 * job.batch_size,
         )
         found["accuracy"] = [int(item.correct) for item in outcome.items]
+    if "choice" in job.metrics and data.kind in KINDS and not job.spans.pressed:
+        right = chosen(
+            model, tokenizer, data.rows, template=job.template, kind=data.kind, batch_size=2 * job.batch_size
+        )
+        found["choice"] = [int(one) for one in right]
     if "answer_loss" in job.metrics and not job.spans.pressed:
         losses = answer_losses(model, tokenizer, data.rows, template=job.template, batch_size=job.batch_size)
         found["answer_loss"] = [round(loss / tokens, 6) for loss, tokens in losses]
@@ -190,9 +196,9 @@ def _failed(job: Job) -> dict[str, Any]:
     if not job.tested:
         return {"validation_loss": None}
     sets = {data.name: _about(data) for data in job.tested}
-    if "accuracy" in job.metrics:
-        for data in job.sets:
-            sets[data.name]["accuracy"] = [0] * len(data.rows)
+    for data in job.sets:
+        wrong = {"accuracy"} | ({"choice"} if data.kind in KINDS else set())
+        sets[data.name] |= {metric: [0] * len(data.rows) for metric in wrong & set(job.metrics)}
     return {"sets": sets, "routing": []}
 
 

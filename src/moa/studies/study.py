@@ -16,7 +16,7 @@ from moa.studies.reading import build, override, read
 from moa.training.knobs import Range, check, knob
 from moa.training.recipe import Recipe
 
-METRICS = ("accuracy", "answer_loss", "text_loss")
+METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
 

@@ -19,7 +19,12 @@ from moa.studies.statistics import LEVEL, Matrix, estimate, holm
 Scores = Mapping[tuple[str, float], Mapping[str, Matrix]]
 """(method, budget) -> task -> (seeds, items); rows of NaN where a seed has no score."""
 
-UNITS = {"accuracy": (100.0, "points"), "answer_loss": (-1.0, "nats"), "text_loss": (-1.0, "nats")}
+UNITS = {
+    "accuracy": (100.0, "points"),
+    "choice": (100.0, "points"),
+    "answer_loss": (-1.0, "nats"),
+    "text_loss": (-1.0, "nats"),
+}
 """What a score is multiplied with, so that more is better and differences are in the unit named."""
 
 
