@@ -26,19 +26,22 @@ from moa.adapters.presets import PRESETS
 from moa.assets import base_path
 from moa.cli import app
 from moa.data import load_rows
+from moa.evaluation.likelihood import chosen
 from moa.evaluation.results import PACKAGES, write
 from moa.evaluation.retrieval import text_losses
 from moa.studies import cells as grid
 from moa.studies.budget import fit
 from moa.studies.cells import TEST, Cell, check_versions
-from moa.studies.conduct import Plan, conduct, plan, seconds_for
+from moa.studies.conduct import conduct, job_of, seconds_for
 from moa.studies.data import load
 from moa.studies.engine import Engine
 from moa.studies.methods import Method
-from moa.studies.report import write_report
-from moa.studies.results import gather, markdown, write_results
+from moa.studies.plan import Plan, plan
+from moa.studies.report import markdown, write_report, write_results
+from moa.studies.results import gather
 from moa.studies.runner import run
 from moa.studies.study import Study, StudyData
+from moa.studies.verdicts import has
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base
 from moa.versions import versions
@@ -253,7 +256,7 @@ def planned(tree) -> Plan:
 
 def test_the_same_seed_gives_the_same_cell(planned):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
-    first, second = ({**run(planned.job(cell))} for _ in range(2))
+    first, second = ({**run(job_of(planned, cell))} for _ in range(2))
     for timing in ("seconds", "cpu_seconds", "step_seconds", "peak_memory_mib"):
         assert first.pop(timing)
         assert second.pop(timing)
@@ -266,23 +269,23 @@ def test_the_same_seed_gives_the_same_cell(planned):
     assert set(block["gate"]) == {"q", "k", "v", "prompt", "o", "down", "parallel"}
     assert all(share == 1.0 for share in block["active"].values())
     assert block["dead"] == []
-    other = run(planned.job(Cell(TEST, "soft-moa", 8000, 1, 0.01)))
+    other = run(job_of(planned, Cell(TEST, "soft-moa", 8000, 1, 0.01)))
     assert other["sets"] != first["sets"]
-    assert not Path(planned.job(cell).recipes[0].output).exists()
+    assert not Path(job_of(planned, cell).recipes[0].output).exists()
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_methods_of_peft_run_the_same_way(tree, name):
     tree |= {"methods": {"yardstick": {"preset": name}}, "claims": [], "tolerance": 0.1, "budgets": [9000]}
     planned = plan(Study.from_tree(tree))
-    result = run(planned.job(Cell(TEST, "yardstick", 9000, 0, 0.01)))
+    result = run(job_of(planned, Cell(TEST, "yardstick", 9000, 0, 0.01)))
     assert result["routing"] == []
     assert np.isfinite(result["sets"]["asked"]["answer_loss"]).all()
     assert result["step_seconds"] > 0
 
 
 def test_a_run_that_diverges_is_a_result(planned):
-    job = planned.job(Cell(TEST, "lora", 8000, 0, 1.0))
+    job = job_of(planned, Cell(TEST, "lora", 8000, 0, 1.0))
     for expert in job.recipes[0].adapter["experts"]:
         expert["alpha"] = 1e30
     result = run(job)
@@ -370,23 +373,23 @@ def test_a_later_stage_goes_on_from_what_the_first_left(staged, tmp_path):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
     assert [len(rows) for rows in planned.rows.stages] == [34, 18]
     assert len(planned.rows.validation) == 8
-    both = run(planned.job(cell))
+    both = run(job_of(planned, cell))
     first = plan(Study.from_tree(staged | {"data": staged["data"] | {"then": []}}))
     # Other validation rows would be another first stage.
-    alone = replace(planned.job(cell), recipes=planned.job(cell).recipes[:1])
+    alone = replace(job_of(planned, cell), recipes=job_of(planned, cell).recipes[:1])
     assert first.configuration(cell) != planned.configuration(cell)
     once = run(alone)
     assert both["stages"] == [{"sets": once["sets"]}]
     assert both["sets"] != once["sets"]
     assert [state["step"] for state in both["routing"]] == [2, 3, 5, 6]
     assert both["routing"][:2] == once["routing"]
-    afresh = run(replace(alone, recipes=planned.job(cell).recipes[1:]))
+    afresh = run(replace(alone, recipes=job_of(planned, cell).recipes[1:]))
     assert afresh["sets"] != both["sets"]
 
 
 def test_running_text_has_a_loss_for_every_window(staged, tmp_path):
     planned = plan(Study.from_tree(staged))
-    result = run(planned.job(Cell(TEST, "base", 8000, 0, 0.0)))
+    result = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))
     text = result["sets"]["plain-32"]
     model, tokenizer = load_base(staged["base"], "float32")
     losses = text_losses(model, tokenizer, planned.rows.texts[0])
@@ -417,9 +420,28 @@ def test_a_base_without_training_stands_beside_the_methods(staged, tmp_path):
     assert results["claims"][0]["comparisons"][0]["seeds"] == 2
 
 
+def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra 'bench'")
+    rows = [{"instruction": f"Is {n} odd? true/false", "output": str(n % 2 == 1).lower()} for n in range(6)]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
+    study = Study.from_tree(
+        tree | {"data": data, "metrics": ["choice"], "methods": {"base": {"preset": "none"}}, "claims": []}
+    )
+    planned = plan(study)
+    sets = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
+    assert "choice" not in sets["asked"]
+    assert set(sets["odd"]["choice"]) <= {0, 1}
+    model, tokenizer = load_base(tree["base"], "float32")
+    right = chosen(model, tokenizer, planned.rows.sets[1].rows, template="short", kind="bool")
+    assert sets["odd"]["choice"] == [int(one) for one in right]
+    assert [has(sets[name], "choice") for name in ("asked", "odd")] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"metrics": ["choice"]}, r"metrics names \['choice'\], but no set"),
         ({"metrics": ["text_loss"]}, r"metrics names \['text_loss'\], but no set"),
         ({"data": {"test": ["text:nowhere@32"]}}, "there is no text 'nowhere'"),
         ({"data": {"test": ["text:manual"]}}, "must name a task or text and at least 2 tokens"),
@@ -503,6 +525,32 @@ def test_the_page_states_the_verdict_whichever_way_it_falls(tree, tmp_path, adva
     assert (routing["names"], routing["experts"], routing["blocks"][1]["dead"]) == (["q", "prompt"], 3, ["q"])
     write_results(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["claims"][0]["outcome"] == outcome
+
+
+@pytest.mark.parametrize("name", ["embedded", "real"])
+def test_committed_results_still_make_a_page(name, tmp_path):
+    results = json.loads((BENCHMARKS.parent / "results" / "studies" / f"{name}.json").read_text())
+    page = write_report(results, tmp_path / "index.html").read_text()
+    for claim in results["claims"]:
+        assert claim["verdict"].replace("'", "&#39;") in page
+    assert markdown(results).count("\n| ") == len(results["rows"]) + 1
+
+
+def test_a_run_that_diverged_has_no_windows(staged):
+    planned = plan(Study.from_tree(staged | {"tuning": {"learning_rates": [0.01]}}))
+    text = {"family": "text", "kind": "text", "chance": None}
+    asked = {"family": "other", "kind": "number", "chance": None, "rows": 2}
+    common = {"step_seconds": None, "peak_memory_mib": 1.0, "versions": {}, "routing": []}
+    for method, budget in planned.fits:
+        for seed in (0, 1):
+            lost = seed == 0 and method == "soft-moa"
+            measured = {} if lost else {"text_loss": [1.0, 2.0 + seed], "rows": 2}
+            sets = {"plain-32": {"rows": 6} | text | measured, "asked": asked | {"answer_loss": [1.0, 1.5]}}
+            rate = 0.01 if method == "soft-moa" else 0.0
+            keep(planned, Cell(TEST, method, budget, seed, rate), common | {"diverged": lost or None, "sets": sets})
+    results = gather(planned)
+    assert results["rows"][0]["metrics"]["text_loss"]["mean"] == pytest.approx(2.0)
+    assert results["claims"][0]["comparisons"][0]["seeds"] == 1
 
 
 def test_a_claim_may_name_the_metric_that_decides_it(tree):

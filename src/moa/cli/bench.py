@@ -62,8 +62,9 @@ def bench(
     verdict), `results.json`, `results.md` and `cells/`.
     """
     from moa.adapters.choices import check_choice
-    from moa.studies.conduct import conduct, plan
+    from moa.studies.conduct import conduct
     from moa.studies.engine import ENGINES, Engine
+    from moa.studies.plan import plan
     from moa.studies.study import Study
     from moa.training.stops import TrainingStopped
 
@@ -161,9 +162,9 @@ def _sizes(sizes: dict[str, float]) -> str:
 
 
 def _show_results(console: Console, planned: Any) -> None:
-    from moa.studies.report import write_report
-    from moa.studies.results import gather, write_results
-    from moa.studies.results import table as table_of
+    from moa.studies.report import table as table_of
+    from moa.studies.report import write_report, write_results
+    from moa.studies.results import gather
 
     results = gather(planned)
     write_results(results, planned.folder)

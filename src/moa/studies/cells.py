@@ -15,6 +15,7 @@ from typing import Any
 
 from moa.evaluation.results import PACKAGES
 from moa.studies.budget import Fit
+from moa.studies.methods import CALIBRATED
 from moa.studies.study import Study
 from moa.training.recipe import Recipe
 from moa.versions import versions
@@ -149,7 +150,9 @@ def configuration(study: Study, cell: Cell, recipes: Sequence[Recipe], digest: s
     if cell.purpose == TEST:
         plain |= {"metrics": study.metrics, "snapshots": study.snapshots}
     if method.spans:
-        plain["spans"] = [method.spans, asdict(study.calibration)] if method.builds else _content(method.spans)
+        plain["spans"] = (
+            [method.spans, asdict(study.calibration)] if method.spans in CALIBRATED else _content(method.spans)
+        )
     if plain.get("stages") == 1:
         del plain["stages"]
     return json.loads(json.dumps(plain))  # type: ignore[no-any-return]

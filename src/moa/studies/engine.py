@@ -20,7 +20,6 @@ from typing import Any
 
 from moa.evaluation.results import write
 from moa.extras import extra
-from moa.studies.runner import Job, run
 
 with extra("bench"):
     from joblib import Parallel, delayed, parallel_config
@@ -73,13 +72,15 @@ class Task:
     """A cell to run.
 
     Attributes:
-        job: what is done.
+        work: a function of a module, called in a fresh process.
+        job: its argument.
         log: file for what it prints.
         path: file for its result, which appears whole or not at all; None: the result is only returned.
         about: what the file holds besides.
     """
 
-    job: Job
+    work: Callable[[Any], dict[str, Any]]
+    job: Any
     log: Path
     path: Path | None
     about: Mapping[str, Any]
@@ -107,7 +108,7 @@ def _in_process(task: Task) -> dict[str, Any] | Failure:
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([task.work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, sender), daemon=True)
     process.start()
@@ -135,7 +136,7 @@ def _work(task: Task, sender: Any) -> None:
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
         try:
-            result = dict(task.about) | run(task.job)
+            result = dict(task.about) | task.work(task.job)
             if task.path is not None:
                 write(task.path, result)
             sender.send(result)

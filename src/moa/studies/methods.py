@@ -17,8 +17,9 @@ NONE = "none"
 """The preset of what is not trained: the base alone, or under spans."""
 
 DENSE = "dense"
-BUILT = ("searched", "uniform", "layers", "two-class")
-"""Plans that are made for a share of the KV cache; see `moa.studies.plans`."""
+CALIBRATED = ("searched", "layers", "two-class")
+BUILT = (*CALIBRATED, "uniform")
+"""Plans that are made for a share of the KV cache; see `moa.studies.spans`."""
 PRESS = "kvpress:"
 
 

@@ -1,14 +1,15 @@
-"""A study's page: the verdicts first, then what they rest on. One HTML file without scripts."""
+"""A study's page: the verdicts first, then what they rest on. One HTML file without scripts; and its table as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moa.evaluation.results import write
 from moa.report.page import render, shade, write_page
 from moa.studies.methods import amount
-from moa.studies.results import has, table
+from moa.studies.verdicts import has
 
 BADGES = {"holds": "holds", "fails": "fails", "open": "not shown", "unfinished": "unfinished"}
 WIDTH, LEFT, RIGHT, LINE = 760, 260, 130, 22  # of the plot, in CSS pixels
@@ -91,10 +92,10 @@ def _tasks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     tables = []
     for metric, (title, factor, digits) in _UNITS.items():
         lines = {
-            _name(row) + f", after stage {stage + 1}" * bool(row["stages"]): sets
+            _name(row) + f", after stage {stage + 1}" * bool(row.get("stages")): sets
             for row in results["rows"]
             if row["metrics"].get(metric)
-            for stage, sets in enumerate([*row["stages"], row["sets"]])
+            for stage, sets in enumerate([*row.get("stages", []), row["sets"]])
         }
         if not lines:
             continue
@@ -126,3 +127,75 @@ def _tint(value: float | None, column: list[float | None], metric: str) -> str:
         if metric in ("accuracy", "choice")
         else shade(-value, -max(known), -min(known))
     )
+
+
+COLUMNS = (
+    *(
+        "method",
+        "budget",
+        "parameters",
+        "KV %",
+        "rate",
+        "accuracy %",
+        "choice %",
+        "answer loss",
+        "text loss",
+        "ms a step",
+        "MiB",
+    ),
+    *("active", "entropy", "dead"),
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns in which some row says something, and the rows as text in their order."""
+    texts = [cells_of(row) for row in rows]
+    kept = [place for place, name in enumerate(COLUMNS) if any(text[place] for text in texts) or not texts]
+    return [COLUMNS[place] for place in kept], [[text[place] for place in kept] for text in texts]
+
+
+def cells_of(row: Mapping[str, Any]) -> list[str]:
+    """One row of the table as text, in the order of `COLUMNS`."""
+    routing, trained, metrics = row["routing"], row["trained_parameters"], row["metrics"]
+    return [
+        row["method"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
+        f"{row['budget']:,}",
+        f"{trained:,}" if trained else "",
+        "" if row.get("kv_share") is None else f"{100 * row['kv_share']:.1f}",
+        f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else "") if trained else "",
+        _with_interval(metrics.get("accuracy"), 100, 1),
+        _with_interval(metrics.get("choice"), 100, 1),
+        _with_interval(metrics.get("answer_loss"), 1, 4),
+        _with_interval(metrics.get("text_loss"), 1, 4),
+        "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
+        f"{row['peak_memory_mib']:.0f}",
+        "" if routing is None else f"{routing['active']:.0%}",
+        "" if routing is None or routing.get("entropy") is None else f"{routing['entropy']:.2f}",
+        "" if routing is None else f"{routing['dead']:.1f} of {routing['experts']:.0f}",
+    ]
+
+
+def _with_interval(found: Mapping[str, Any] | None, factor: float, digits: int) -> str:
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    return f"{factor * found['mean']:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+
+
+def write_results(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``results.json`` and ``results.md`` into ``folder``."""
+    write(folder / "results.json", results)
+    draft = folder / ".results.md.part"
+    draft.write_text(markdown(results), encoding="utf-8")
+    draft.replace(folder / "results.md")
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The verdicts and the table, as Markdown."""
+    lines = [f"# {results['title']}", ""]
+    for claim in results["claims"]:
+        lines += [f"**{claim['text']}**", "", claim["verdict"], ""]
+    columns, rows = table(results["rows"])
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from moa.evaluation.accuracy import wilson
-from moa.evaluation.likelihood import KINDS
-from moa.evaluation.results import write
 from moa.studies import cells as grid
 from moa.studies.claims import Claim
-from moa.studies.conduct import Plan, Result
+from moa.studies.plan import Plan, Result
 from moa.studies.statistics import Matrix, estimate
 from moa.studies.study import Study
-from moa.studies.verdicts import Scores, judge
+from moa.studies.verdicts import Scores, has, judge
 
 
 def gather(plan: Plan) -> dict[str, Any]:
@@ -74,13 +71,6 @@ def _scores(finished: Mapping[tuple[str, float], list[Result]], metric: str) -> 
     }
 
 
-def has(data: Mapping[str, Any], metric: str) -> bool:
-    """Whether a metric is measured on a set: of running text its loss, of answers that are one of a few the choice."""
-    if data["family"] == "text" or metric == "text_loss":
-        return data["family"] == "text" and metric == "text_loss"
-    return metric != "choice" or data["kind"] in KINDS
-
-
 def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[str, Any]:
     metric = claim.metric or study.metrics[0]
     return judge(claim, metric, claim.budgets or study.budgets, scores[metric])
@@ -88,8 +78,9 @@ def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[st
 
 def matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:
     """Scores (seeds, items) of a task; NaN where a run that diverged has none."""
-    rows = results[0]["sets"][task]["rows"]
-    return np.array([result["sets"][task].get(metric, [np.nan] * rows) for result in results], dtype=float)
+    known = [result["sets"][task].get(metric) for result in results]
+    items = next((len(scores) for scores in known if scores is not None), results[0]["sets"][task]["rows"])
+    return np.array([[np.nan] * items if scores is None else scores for scores in known], dtype=float)
 
 
 def _row(plan: Plan, method: str, budget: float, results: list[Result], rate: float) -> dict[str, Any]:
@@ -146,7 +137,7 @@ def _set(results: list[Result], name: str, study: Study) -> dict[str, Any]:
         metric: float(np.nanmean(scores)) if np.isfinite(scores := matrix(results, name, metric)).any() else None
         for metric in study.metrics
     }
-    return {key: first[key] for key in ("family", "chance", "rows")} | means
+    return {key: first[key] for key in ("family", "kind", "chance", "rows")} | means
 
 
 def _routing(results: list[Result]) -> dict[str, Any] | None:
@@ -206,75 +197,3 @@ def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, float], 
         if wilson(round(best * sets[0]["rows"]), sets[0]["rows"])[0] <= sets[0]["chance"]:
             found.append(name)
     return found
-
-
-COLUMNS = (
-    *(
-        "method",
-        "budget",
-        "parameters",
-        "KV %",
-        "rate",
-        "accuracy %",
-        "choice %",
-        "answer loss",
-        "text loss",
-        "ms a step",
-        "MiB",
-    ),
-    *("active", "entropy", "dead"),
-)
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns in which some row says something, and the rows as text in their order."""
-    texts = [cells_of(row) for row in rows]
-    kept = [place for place, name in enumerate(COLUMNS) if any(text[place] for text in texts) or not texts]
-    return [COLUMNS[place] for place in kept], [[text[place] for place in kept] for text in texts]
-
-
-def cells_of(row: Mapping[str, Any]) -> list[str]:
-    """One row of the table as text, in the order of `COLUMNS`."""
-    routing, trained, metrics = row["routing"], row["trained_parameters"], row["metrics"]
-    return [
-        row["method"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
-        f"{row['budget']:,}",
-        f"{trained:,}" if trained else "",
-        "" if row["kv_share"] is None else f"{100 * row['kv_share']:.1f}",
-        f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else "") if trained else "",
-        _with_interval(metrics.get("accuracy"), 100, 1),
-        _with_interval(metrics.get("choice"), 100, 1),
-        _with_interval(metrics.get("answer_loss"), 1, 4),
-        _with_interval(metrics.get("text_loss"), 1, 4),
-        "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
-        f"{row['peak_memory_mib']:.0f}",
-        "" if routing is None else f"{routing['active']:.0%}",
-        "" if routing is None or routing["entropy"] is None else f"{routing['entropy']:.2f}",
-        "" if routing is None else f"{routing['dead']:.1f} of {routing['experts']:.0f}",
-    ]
-
-
-def _with_interval(found: Mapping[str, Any] | None, factor: float, digits: int) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    return f"{factor * found['mean']:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
-
-
-def write_results(results: Mapping[str, Any], folder: Path) -> None:
-    """Write ``results.json`` and ``results.md`` into ``folder``."""
-    write(folder / "results.json", results)
-    draft = folder / ".results.md.part"
-    draft.write_text(markdown(results), encoding="utf-8")
-    draft.replace(folder / "results.md")
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The verdicts and the table, as Markdown."""
-    lines = [f"# {results['title']}", ""]
-    for claim in results["claims"]:
-        lines += [f"**{claim['text']}**", "", claim["verdict"], ""]
-    columns, rows = table(results["rows"])
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

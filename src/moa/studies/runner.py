@@ -24,8 +24,8 @@ from moa.evaluation.retrieval import TextSet, text_losses
 from moa.evaluation.sets import EvaluationSet
 from moa.spans import SpanPlan
 from moa.studies.meters import peak_memory, step_times
-from moa.studies.plans import Spans
 from moa.studies.routing import routing, snapshot_weights
+from moa.studies.spans import Spans
 from moa.training.base import load_base
 from moa.training.checkpoints import WEIGHTS, checkpoints
 from moa.training.recipe import Recipe

@@ -12,7 +12,7 @@ from moa.adapters.choices import check_names, nearest
 from moa.data.templates import TEMPLATE_NAMES
 from moa.studies.claims import Claim
 from moa.studies.methods import Method, whole
-from moa.studies.reading import build, override, read
+from moa.studies.reading import build, listed, mapping, override, read
 from moa.training.knobs import Range, check, knob
 from moa.training.recipe import Recipe
 
@@ -127,6 +127,16 @@ class Study:
         _check_training("training", self.training)
         for name, method in self.methods.items():
             _check_training(f"methods.{name}: training", method.training)
+
+    @staticmethod
+    def methods_from(tree: Any) -> dict[str, Method]:
+        """The section of that name."""
+        return {str(name): Method.from_tree(str(name), entry) for name, entry in mapping("methods", tree).items()}
+
+    @staticmethod
+    def claims_from(tree: Any) -> list[Claim]:
+        """The section of that name."""
+        return [build(Claim, entry, f"claims[{place}].") for place, entry in enumerate(listed("claims", tree))]
 
     def _check_reach(self, claim: Claim) -> None:
         for name in (claim.better, *claim.than):

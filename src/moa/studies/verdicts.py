@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moa.evaluation.likelihood import KINDS
 from moa.studies.claims import Claim
 from moa.studies.methods import amount
 from moa.studies.statistics import LEVEL, Matrix, estimate, holm
@@ -26,6 +27,13 @@ UNITS = {
     "text_loss": (-1.0, "nats"),
 }
 """What a score is multiplied with, so that more is better and differences are in the unit named."""
+
+
+def has(data: Mapping[str, Any], metric: str) -> bool:
+    """Whether a metric is measured on a set: of running text its loss, of answers that are one of a few the choice."""
+    if data["family"] == "text" or metric == "text_loss":
+        return data["family"] == "text" and metric == "text_loss"
+    return metric != "choice" or data["kind"] in KINDS
 
 
 def judge(claim: Claim, metric: str, budgets: list[float], scores: Scores) -> dict[str, Any]:
