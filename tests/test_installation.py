@@ -17,13 +17,22 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 NOT_CORE = ["trl", "datasets", "typer", "rich", "scipy"]
 
+CHOICE = """
+from unittest.mock import MagicMock
+from moa.evaluation.likelihood import chosen
+chosen(MagicMock(), MagicMock(), [], template="short", kind="bool")
+"""
+
 # (package that is missing, the extra that has it) -> code that needs it
 NEEDS = {
     ("trl", "train"): "import moa.training.sft",
     ("datasets", "train"): "from moa.data import load_rows; load_rows('owner/name', split='train')",
     ("typer", "train"): "from moa.__main__ import main; main()",
     ("rich", "train"): "from moa.__main__ import main; main()",
+    ("scipy", "train"): "from moa.evaluation.accuracy import wilson; wilson(1, 2)",
     ("scipy", "bench"): "import moa.studies.statistics",
+    ("joblib", "bench"): "import moa.studies.engine",
+    ("lm_eval", "bench"): CHOICE,
     ("scipy", "search"): "import moa.spans.search.pricing",
     ("jinja2", "report"): "import moa.report.page",
 }
@@ -117,7 +126,7 @@ def test_a_missing_extra_is_named():
 
 def test_all_is_every_extra_for_users():
     named = EXTRAS["all"][0].removeprefix("moa-lm[").removesuffix("]").split(",")
-    assert set(named) == EXTRAS.keys() - {"all", "dev", "docs"}
+    assert set(named) == EXTRAS.keys() - {"all", "dev", "docs", "ray"}  # a cluster is the exception
 
 
 def test_the_entry_point_is_installed():

@@ -22,14 +22,14 @@ class Claim:
     better: str = ""
     than: list[str] = field(default_factory=list)
     text: str = ""
-    budgets: list[int] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
     metric: str = ""
 
     def __post_init__(self) -> None:
         self.than = [self.than] if isinstance(self.than, str) else list(self.than or [])
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
-    def check(self, methods: list[str], budgets: list[int], metrics: list[str]) -> None:
+    def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
         """Raise ValueError unless the claim is about methods, budgets and metrics of the study."""
         check_choice("claims: better", self.better, methods)
         if not self.than:

@@ -11,8 +11,6 @@ from typing import Any
 import yaml
 
 from moa.adapters.choices import nearest
-from moa.studies.claims import Claim
-from moa.studies.methods import Method
 from moa.training.knobs import numbers, parse
 
 
@@ -33,24 +31,23 @@ def read(path: Path) -> Any:
 
 
 def build(cls: Any, tree: Any, prefix: str = "") -> Any:
-    """``cls`` from nested mappings; every unknown key is a ValueError that offers the nearest valid one."""
+    """``cls`` from nested mappings; every unknown key is a ValueError that offers the nearest valid one.
+
+    A class that has a function ``KEY_from`` reads the key with it.
+    """
     what = prefix.rstrip(".") or "a study"
     hints = typing.get_type_hints(cls)
     allowed = [entry.name for entry in dataclasses.fields(cls)]
     fields: dict[str, Any] = {}
-    for key, value in _mapping(what, tree).items():
+    for key, value in mapping(what, tree).items():
         if key not in allowed:
             raise ValueError(f"{what} has no key {key!r}{nearest(key, allowed)}; its keys are {allowed}")
-        if key == "methods":
-            fields[key] = {
-                str(name): Method.from_tree(str(name), entry) for name, entry in _mapping(key, value).items()
-            }
-        elif key == "claims":
-            fields[key] = [build(Claim, entry, f"claims[{place}].") for place, entry in enumerate(_listed(key, value))]
+        if hasattr(cls, f"{key}_from"):
+            fields[key] = getattr(cls, f"{key}_from")(value)
         elif dataclasses.is_dataclass(hints[key]):
             fields[key] = build(hints[key], value, f"{prefix}{key}.")
         else:
-            fields[key] = _mapping(key, value) if typing.get_origin(hints[key]) is dict else value
+            fields[key] = mapping(key, value) if typing.get_origin(hints[key]) is dict else value
     return cls(**fields)
 
 
@@ -64,13 +61,13 @@ def override(tree: Any, key: str, text: str) -> None:
     tree[last] = parse(text)
 
 
-def _mapping(what: str, value: Any) -> dict[str, Any]:
+def mapping(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{what} must be a mapping of keys to values, not {value!r}")
     return dict(value)
 
 
-def _listed(what: str, value: Any) -> list[Any]:
+def listed(what: str, value: Any) -> list[Any]:
     if not isinstance(value, list | None):
         raise ValueError(f"{what} must be a list, not {value!r}")
     return value or []

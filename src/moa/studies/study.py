@@ -11,12 +11,12 @@ from typing import Any
 from moa.adapters.choices import check_names, nearest
 from moa.data.templates import TEMPLATE_NAMES
 from moa.studies.claims import Claim
-from moa.studies.methods import Method
-from moa.studies.reading import build, override, read
+from moa.studies.methods import Method, whole
+from moa.studies.reading import build, listed, mapping, override, read
 from moa.training.knobs import Range, check, knob
 from moa.training.recipe import Recipe
 
-METRICS = ("accuracy", "answer_loss")
+METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
 
@@ -28,16 +28,38 @@ class StudyData:
     train: list[str] = field(
         default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to learn from, as in a recipe"}
     )
+    then: list[list[str]] = field(
+        default_factory=list,
+        metadata={"doc": "sources of later stages: each is learned on top of what the stage before left"},
+    )
     train_rows: int | None = knob(None, "at most this many rows of each source", within=Range(1))
     validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", within=Range(1))
     test: list[str] = field(
-        default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to evaluate on, as in `moa eval`"}
+        default_factory=lambda: ["tasks:all"],
+        metadata={
+            "doc": "sources to evaluate on, as in `moa eval`; also long:TASK@TOKENS (lines, needle, copying, facts) "
+            "and running text, text:NAME@TOKENS (manual, novels, a file)"
+        },
     )
-    test_rows: int | None = knob(100, "at most this many rows of each test set", within=Range(2))
+    test_rows: int | None = knob(100, "at most this many rows or windows of each test set", within=Range(2))
     template: str = knob("short", "prompt template", choices=TEMPLATE_NAMES)
     max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
     max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
     seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))
+
+
+@dataclass
+class Calibration:
+    """What span plans are made from; every seed of the study draws its own texts."""
+
+    source: str = knob("tasks:lines,needle,copying", "texts with questions, as data.source of a span recipe")
+    lengths: list[int] = field(default_factory=lambda: [512, 1024], metadata={"doc": "profiled lengths, tokens"})
+    extend: list[int] = field(default_factory=list, metadata={"doc": "lengths bounded but not profiled, tokens"})
+    validate_length: int = knob(2048, "longer length at which the search's plans are compared", within=Range(1))
+    items: int = knob(24, "calibration items per profiled length", within=Range(1))
+    validate_items: int = knob(12, "items of the longer length", within=Range(1))
+    max_new_tokens: int = knob(32, "longest answer of the dense model", within=Range(1))
+    step: int = knob(128, "tokens between offsets of the search grid", within=Range(1))
 
 
 @dataclass
@@ -57,9 +79,12 @@ class Tuning:
 class Study:
     """A comparison. Keys of ``methods`` are names; see `moa.studies.methods.Method` for what an entry holds."""
 
-    methods: dict[str, Method] = field(default_factory=dict, metadata={"doc": "name: preset, changes, grow, budgets"})
-    budgets: list[int] = field(
-        default_factory=list, metadata={"doc": "numbers of trained parameters at which the methods are compared"}
+    methods: dict[str, Method] = field(
+        default_factory=dict, metadata={"doc": "name: preset, changes, spans, grow, budgets"}
+    )
+    budgets: list[float] = field(
+        default_factory=list,
+        metadata={"doc": "trained parameters at which methods are compared; of span methods, shares of the KV cache"},
     )
     claims: list[Claim] = field(
         default_factory=list, metadata={"doc": "what the study is to decide: better, than, text, budgets, metric"}
@@ -69,7 +94,8 @@ class Study:
     output: str = knob("study", "folder for cells, table, JSON and page")
     base: str = knob("embedded", "base model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     data: StudyData = field(default_factory=StudyData)
-    steps: int = knob(300, "optimizer steps of every cell", within=Range(2))
+    calibration: Calibration = field(default_factory=Calibration)
+    steps: int = knob(300, "optimizer steps of every stage of every cell", within=Range(2))
     batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4],
@@ -85,8 +111,10 @@ class Study:
     training: dict[str, Any] = field(default_factory=dict, metadata={"doc": "other keys of a recipe, for all methods"})
 
     def __post_init__(self) -> None:
-        for name, section in (("", self), ("data.", self.data), ("tuning.", self.tuning)):
+        sections = {"": self, "data.": self.data, "tuning.": self.tuning, "calibration.": self.calibration}
+        for name, section in sections.items():
             check(section, name)
+        self.budgets = [whole(budget) for budget in self.budgets]
         check_names("metrics", self.metrics, METRICS)
         _check_numbers(self)
         if not self.methods:
@@ -96,12 +124,19 @@ class Study:
         for claim in self.claims:
             claim.check(list(self.methods), self.budgets, self.metrics)
             self._check_reach(claim)
-        known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
-        for key in self.training:
-            if key not in known:
-                why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
-                raise ValueError(f"training has no key {key!r}{why}; its keys are {known}")
-        Recipe(**self.training)
+        _check_training("training", self.training)
+        for name, method in self.methods.items():
+            _check_training(f"methods.{name}: training", method.training)
+
+    @staticmethod
+    def methods_from(tree: Any) -> dict[str, Method]:
+        """The section of that name."""
+        return {str(name): Method.from_tree(str(name), entry) for name, entry in mapping("methods", tree).items()}
+
+    @staticmethod
+    def claims_from(tree: Any) -> list[Claim]:
+        """The section of that name."""
+        return [build(Claim, entry, f"claims[{place}].") for place, entry in enumerate(listed("claims", tree))]
 
     def _check_reach(self, claim: Claim) -> None:
         for name in (claim.better, *claim.than):
@@ -137,15 +172,29 @@ class Study:
         """Plain data that `from_tree` can build the study from again."""
         return dataclasses.asdict(self)
 
-    def budgets_of(self, method: str) -> list[int]:
+    @property
+    def dtype(self) -> str:
+        """Of the base model."""
+        return str(self.training.get("dtype", "auto"))
+
+    def budgets_of(self, method: str) -> list[float]:
         """The budgets at which a method takes part."""
         return self.methods[method].budgets or self.budgets
+
+
+def _check_training(what: str, section: dict[str, Any]) -> None:
+    known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
+    for key in section:
+        if key not in known:
+            why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
+            raise ValueError(f"{what} has no key {key!r}{why}; its keys are {known}")
+    Recipe(**section)
 
 
 def _check_numbers(study: Study) -> None:
     """Lists of numbers: each at least one, none twice, all in range."""
     lists: dict[str, tuple[list[Any], float]] = {
-        "budgets": (study.budgets, 1),
+        "budgets": (study.budgets, 1e-3),
         "seeds": (study.seeds, 0),
         "tuning.seeds": (study.tuning.seeds, 0),
         "tuning.learning_rates": (study.tuning.learning_rates, 1e-12),
