@@ -125,7 +125,7 @@ def recipe_of(study: Study, cell: Cell, fitted: Fit, train_file: Path, output: P
 
 def configuration(study: Study, cell: Cell, recipe: Recipe, digest: str) -> dict[str, Any]:
     """Everything that a cell's result depends on, as it comes back from JSON."""
-    trained = recipe.to_dict()
+    trained = asdict(recipe)
     for machine in ("output", "report_to"):
         trained.pop(machine)
     trained["data"].pop("train")

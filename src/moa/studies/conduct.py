@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moa.adapters.choices import check_choice
+from moa.choices import check_choice
 from moa.studies import cells as grid
 from moa.studies.budget import Fit, fit
 from moa.studies.cells import TEST, Cell, Store, configuration, recipe_of

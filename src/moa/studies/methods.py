@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+from moa.choices import check_names, nearest
 
-from moa.adapters.choices import check_names, nearest
-from moa.adapters.config import MoAConfig
-from moa.studies.sizing import SIZED, Mixture, PeftLora, Sizable, lily_variants
-from moa.training.adapter import adapter_config
+if TYPE_CHECKING:
+    from moa.adapters.config import MoAConfig
+    from moa.studies.sizing import Sizable
 
 
 @dataclass
@@ -47,6 +46,10 @@ class Method:
         """Raise ValueError, naming the method, unless it can be configured."""
         if not name.strip() or set(name) & set("/\\ "):
             raise ValueError(f"methods: the name {name!r} must have no spaces or slashes")
+        from moa.adapters.config import MoAConfig
+        from moa.studies.sizing import SIZED
+        from moa.training.adapter import adapter_config
+
         try:
             config = adapter_config({"preset": self.preset, **self.changes})
             if self.grow:
@@ -61,6 +64,12 @@ class Method:
 
     def variants(self, blocks: int) -> Iterator[Sizable]:
         """Ways to size the method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""
+        from peft import LoraConfig
+
+        from moa.adapters.config import MoAConfig
+        from moa.studies.sizing import SIZED, Mixture, PeftLora, lily_variants
+        from moa.training.adapter import adapter_config
+
         section = {"preset": self.preset, **self.changes}
         config = adapter_config(section)
         if isinstance(config, MoAConfig):
@@ -72,6 +81,8 @@ class Method:
 
 
 def _check_grows(name: str, config: MoAConfig, grow: list[str]) -> None:
+    from moa.studies.sizing import SIZED
+
     kinds = {expert.kind for expert in config.experts}
     sized = sorted(kinds & set(SIZED))
     if not kinds & set(grow or SIZED):

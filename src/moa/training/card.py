@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from moa.assets import EMBEDDED
-from moa.models import NAMED, on_hub
+from moa.models import NAMED
+from moa.places import on_hub
 from moa.training.recipe import FILE_NAME, Recipe
 
 _BODY = """---
