@@ -14,12 +14,13 @@ MARK ?=
 WORKERS ?= auto
 
 BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 OLDEST := .venv-oldest
 RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest hosts hosts-resolve quantised distributed ray-test wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve quantised distributed ray-test wheel-test test-oldest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -42,6 +43,11 @@ format: $(VENV)/.installed  ## apply ruff's fixes and format
 
 docs: $(VENV)/.installed  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+browser:  ## install headless Chromium, in which the tests look at every page, where apt-get can
+	@for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . && command -v chromedriver >/dev/null \
+		|| { command -v apt-get >/dev/null || { echo "there is no apt-get here: install Chromium and chromedriver by hand" >&2; exit 1; }; \
+		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')

@@ -1,4 +1,6 @@
-"""Where the command ``moa`` starts: outside of the package, since importing ``moa`` loads torch.
+"""Where the command ``moa`` starts: outside of the package, since importing ``moa`` anywhere else loads torch.
+
+Where this module is loaded, ``import moa`` waits with that until a verb needs it: help pages and mistakes do not.
 
 OpenMP reads its settings when torch is loaded. By default a thread that waits for others spins, so on a machine that is
 busy with something else, too, a training step takes many times as long. ``OMP_WAIT_POLICY`` in the environment has
@@ -19,4 +21,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import moa_command  # under its own name, by which the package knows that it is the command's
+
+    moa_command.main()

@@ -68,12 +68,13 @@ def test_impossible_values(command):
     assert "r=0 is outside of [1, inf]" in complaint([*command, "--adapter.r", "0"])
     assert "size=-1 is outside of [1, inf]" in complaint([*command, "--adapter.size=-1"])
     assert "'query' is not one of" in complaint([*command, "--adapter.targets", "[query]"])
-    assert "batch_size=0 is outside of [1, inf]" in complaint([*command, "--batch_size", "0"])
+    assert "batch_size=0 is outside of its range: at least 1" in complaint([*command, "--batch_size", "0"])
 
 
 def test_flags_without_value_or_name(command):
     assert "--seed needs a value" in complaint([*command, "--seed"])
-    assert "unexpected argument 'surplus'" in complaint([*command, "surplus"])
+    assert "batch_size=[2, 'surplus'] must be a whole number" in complaint([*command, "surplus"])
+    assert "unexpected argument 'surplus'" in complaint(["train", "embedded-soft-moa", "surplus"])
 
 
 def test_wrong_usage_is_explained():
@@ -148,7 +149,7 @@ def test_a_real_process_says_the_same(command):
     run = [sys.executable, "-m", "moa_command"]
     result = subprocess.run([*run, *command, "--sede", "1"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("moa: embedded-soft-moa.yaml: recipes have no key 'sede'")
+    assert result.stderr.strip().splitlines()[-1].startswith("moa: embedded-soft-moa.yaml: the file has no key 'sede'")
     assert "Traceback" not in result.stderr
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from moa.adapters.choices import check_range
+from moa.choices import check_range
 
 
 @pytest.mark.parametrize("value", [1, 8, 10**400])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -565,7 +563,7 @@ def test_the_command_writes_page_and_numbers(adapters: dict[str, Path], tiny_row
         adapters["mixed"],
         "--data",
         tiny_rows,
-        "--rows",
+        "--limit",
         3,
         "--max-new-tokens",
         8,
@@ -591,7 +589,7 @@ def test_the_command_writes_page_and_numbers(adapters: dict[str, Path], tiny_row
 def test_the_same_command_gives_the_same_page(adapters: dict[str, Path], tiny_rows: Path, tmp_path: Path):
     pages = []
     for name in ("one.html", "two.html"):
-        arguments = ("--data", tiny_rows, "--rows", 2, "--max-new-tokens", 8, "--output", tmp_path / name)
+        arguments = ("--data", tiny_rows, "--limit", 2, "--max-new-tokens", 8, "--output", tmp_path / name)
         done = run(adapters["mixed"], *arguments)
         assert done.exit_code == 0
         pages.append((tmp_path / name).read_text())
@@ -629,25 +627,3 @@ def test_a_model_without_a_mixture_is_refused(tiny_llama: Callable):
     with pytest.raises(ValueError, match="no Mixture of Adapters"):
         inspected(tiny_llama())
     assert not any(isinstance(module, Mixture) for module in tiny_llama().modules())
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no headless Chromium on this machine")
-@pytest.mark.parametrize(("scheme", "bright"), [("1", True), ("0", False)])
-def test_a_browser_paints_the_page(scheme: str, bright: bool, tmp_path: Path):
-    """Light and dark (Blink's preferredColorScheme 1 and 0), without network."""
-    image = pytest.importorskip("PIL.Image")
-    page, _ = write_report(tmp_path / "page.html", [inspected(tiny_moa())])
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=800,1200"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path / 'page.png'}"]
-    subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=120)
-    with image.open(tmp_path / "page.png") as shot:
-        pixels = np.asarray(shot.convert("RGB")).astype(int)
-    assert pixels.shape == (1200, 800, 3)
-    assert (pixels[2, 2].mean() > 200) == bright  # the paper
-    tinted = (pixels[..., 2] - pixels[..., 0]) > 30
-    assert tinted.mean() > 0.005  # the heat maps
-    assert abs(pixels - pixels[2, 2]).sum(-1).max() > 500  # ink on paper

@@ -15,7 +15,7 @@ from tiny import tiny_llama, tiny_moa
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-NOT_CORE = ["trl", "datasets", "typer", "rich", "scipy"]
+NOT_CORE = ["trl", "datasets", "typer", "rich", "scipy", "pydantic"]
 
 CHOICE = """
 from unittest.mock import MagicMock
@@ -25,6 +25,7 @@ chosen(MagicMock(), MagicMock(), [], template="short", kind="bool")
 
 # (package that is missing, the extra that has it) -> code that needs it
 NEEDS = {
+    ("pydantic", "train"): "import moa.settings",
     ("trl", "train"): "import moa.training.sft",
     ("datasets", "train"): "from moa.data import load_rows; load_rows('owner/name', split='train')",
     ("typer", "train"): "from moa.__main__ import main; main()",

@@ -151,7 +151,7 @@ def test_files_that_are_no_studies(tree, tmp_path):
     with pytest.raises(ValueError, match=r"mine\.yaml: not YAML"):
         Study.load(file)
     file.write_text("- 1")
-    with pytest.raises(ValueError, match="a study must be a mapping"):
+    with pytest.raises(ValueError, match="the file must be a mapping"):
         Study.load(file)
     with pytest.raises(FileNotFoundError, match=r"did you mean .mine\.yaml."):
         Study.load(tmp_path / "mini.yaml")

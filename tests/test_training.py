@@ -25,11 +25,12 @@ from typer.testing import CliRunner
 from moa.cli import app
 from moa.data import prompt_of, prompt_text, prompt_tokens
 from moa.evaluation import models
+from moa.settings import save
 from moa.training import sft
 from moa.training.base import load_adapter, load_base
 from moa.training.beside import beside
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
-from moa.training.recipe import Recipe
+from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.stops import Diverged, Interrupted, TrainingStopped
 from moa.training.trainer import Trainer
 
@@ -95,7 +96,7 @@ def with_callback(monkeypatch, callback: TrainerCallback) -> None:
 
 def test_the_folder_of_a_run_is_complete(unbroken):
     assert {path.name for path in unbroken.iterdir()} == {
-        *("adapter_config.json", WEIGHTS, "README.md", "recipe.yaml", "training_log.jsonl"),
+        *("adapter_config.json", WEIGHTS, "README.md", "recipe.yaml", "training_log.jsonl", "progress.json"),
         *("checkpoint-6", "checkpoint-7"),
     }
     assert Recipe.load(unbroken / "recipe.yaml").output == str(unbroken)
@@ -190,7 +191,7 @@ def test_vectors_and_biases_have_no_weight_decay(recipe, monkeypatch):
 
 CHILD = """
 import os, signal, sys, torch
-from moa.training.recipe import Recipe
+from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.sft import train
 from moa.training.trainer import Trainer
 
@@ -216,7 +217,7 @@ train(Recipe.load(sys.argv[2]))
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "left"), [("in a step", 4), ("in a checkpoint", 2)])
 def test_a_killed_run_resumes_to_the_same_weights(moment, left, unbroken, recipe, tmp_path):
-    recipe.save(tmp_path)
+    save(recipe, tmp_path / FILE_NAME)
     killed = subprocess.run([sys.executable, "-c", CHILD, moment, str(tmp_path / "recipe.yaml")], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     output = Path(recipe.output)
@@ -397,7 +398,7 @@ def test_an_adapter_without_a_recipe_is_asked_in_the_usual_form_with_a_note(reci
 
 def test_what_lies_beside_an_adapter_on_the_hub_is_found(monkeypatch, tmp_path):
     recipe = make_recipe(Path("base"), Path("rows.jsonl"), tmp_path)
-    recipe.save(tmp_path)
+    save(recipe, tmp_path / FILE_NAME)
     there = SimpleNamespace(siblings=[SimpleNamespace(rfilename="recipe.yaml")])
     monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: there)
     monkeypatch.setattr("moa.training.beside.hf_hub_download", lambda adapter, name: str(tmp_path / name))

@@ -1,32 +1,17 @@
 """MoA: heterogeneous mixtures for Hugging Face language models. Importing registers the method with PEFT."""
 
-import moa.adapters  # noqa: F401  (registers MOA with PEFT)
-from moa.adapters.config import MoAConfig
-from moa.adapters.experts import AdapterExpert, Copies, Ia3Expert, LoraExpert, ParallelExpert, PromptExpert
-from moa.adapters.gating import Soft, Softmax, Threshold, TopK
-from moa.adapters.presets import preset
-from moa.adapters.reference import load_reference, reference_config
-from moa.adapters.routers import Router
-from moa.adapters.telemetry import gate_values
-from moa.spans import SpanPlan, apply_spans
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AdapterExpert",
-    "Copies",
-    "Ia3Expert",
-    "LoraExpert",
-    "MoAConfig",
-    "ParallelExpert",
-    "PromptExpert",
-    "Router",
-    "Soft",
-    "Softmax",
-    "SpanPlan",
-    "Threshold",
-    "TopK",
-    "apply_spans",
-    "gate_values",
-    "load_reference",
-    "preset",
-    "reference_config",
-]
+if TYPE_CHECKING or "moa_command" not in sys.modules:
+    from moa.library import *  # noqa: F403
+    from moa.library import __all__ as __all__
+else:
+    # In the process of the command ``moa``, which answers a help page or a slip without loading torch.
+
+    def __getattr__(name: str) -> Any:
+        library = importlib.import_module("moa.library") if not name.startswith("_") else None
+        if name not in getattr(library, "__all__", ()):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(library, name)

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moa.adapters.choices import nearest
 from moa.assets import EMBEDDED, base_path
+from moa.places import existing
 from moa.recipes import base_config
 
 HUB_TIMEOUT = 3.0  # seconds for the hub's first answer, after which it counts as unreachable
@@ -107,32 +107,6 @@ def find(name: str) -> Source:
             raise ValueError(f"base={name!r} is a file, but only .gguf files hold a whole model: name its folder")
         return Source(str(path.parent), path.name)
     return Source(place)
-
-
-def existing(name: str, what: str, names: Sequence[str] = ()) -> str:
-    """``name`` as a path if there is one, or as it is if it may be on the hub.
-
-    Args:
-        name: a path, or ``owner/name``.
-        what: what it should be, for the message.
-        names: other names that would have been right, for the message.
-
-    Raises:
-        FileNotFoundError: neither; names near ones.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path)
-    if on_hub(name):
-        return name
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"there is no {what} {name!r}{nearest(path.name, [*names, *siblings])}")
-
-
-def on_hub(name: str) -> bool:
-    """Whether ``name`` can only be ``owner/name`` on the hub: there is no such path, and it does not look like one."""
-    looks_like_path = name.startswith((".", "~", "/")) or name.endswith(".gguf")
-    return name.count("/") == 1 and not looks_like_path and not Path(name).exists()
 
 
 def config_of(name: str) -> PretrainedConfig:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moa.cli import app
-from moa.cli.spans.recipe import SpanRecipe, shipped
+from moa.cli.spans.recipe import SpanRecipe
+from moa.recipes import names
 from moa.spans import SpanPlan, apply_spans
 
 RECIPE = """
@@ -89,7 +90,9 @@ def test_plan_carries_its_evidence(done, tiny_base):
 
 def test_run_answers_under_the_plan_and_counts_bytes(done, recipe, tiny_base):
     folder, _ = done
-    said = moa("spans", "run", recipe, "--base", tiny_base, "--output", folder, "--plain", text="abcdefgh" * 30)
+    said = moa(
+        "spans", "run", recipe, "--base", tiny_base, "--output", folder, "--template", "none", text="abcdefgh" * 30
+    )
     # 2 layers x 2 KV heads x keys and values x 8 numbers of 4 bytes, for every token
     held = int(said.split("tokens: ")[1].split(" bytes")[0].replace(",", ""))
     tokens = int(said.split("after ")[1].split(" tokens")[0])
@@ -113,7 +116,7 @@ def test_other_settings_need_overwrite(done, recipe, tiny_base, tmp_path):
     assert "floor was 0.9, now 0.8" in moa("spans", "search", recipe, *given, "--floor", 0.8, code=2)
     assert "items was 2, now 3" in moa("spans", "calibrate", recipe, *given, "--items", 3, code=2)
     assert "name the file itself" in moa(
-        "spans", "run", recipe, *given, "--prompt", "a", "--plan", folder.parent, code=2
+        "spans", "run", recipe, *given, "--prompt", "a", "--spans", folder.parent, code=2
     )
     assert "need their far context" in moa("spans", "calibrate", recipe, *given, "--signal", 1.0, code=2)
     assert "is the influence of" in moa("spans", "search", recipe, "--base", "embedded", *given[2:], code=2)
@@ -172,7 +175,7 @@ def test_help_names_every_key():
         assert key in said
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", names("span recipe"))
 def test_shipped_recipes_are_valid_and_say_what_they_do(name, tmp_path):
     loaded = SpanRecipe.load(name, {"output": str(tmp_path)})
     loaded.save(tmp_path)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from moa import _hosts
-from moa.adapters.choices import check_choice
 from moa.adapters.low_rank import Part
+from moa.choices import check_choice
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ROLES = (*PROJECTIONS, "mlp", "attention")

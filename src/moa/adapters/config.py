@@ -14,11 +14,11 @@ from peft import PeftConfig
 
 from moa.adapters.architectures import Architecture
 from moa.adapters.card import finish_card
-from moa.adapters.choices import build, check_fields, check_range, from_fields, plain
 from moa.adapters.experts import EXPERTS, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import GATINGS, Soft
 from moa.adapters.registration import MOA
 from moa.adapters.routers import Router
+from moa.choices import build, check_fields, check_range, from_fields, plain
 
 FORMAT_VERSION = 1
 

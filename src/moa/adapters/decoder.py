@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from moa.adapters.architectures import EXCEPTIONS, ROLES, Architecture, BlockView, find_module, text_config
-from moa.adapters.choices import from_fields
 from moa.adapters.structure import Finding, attends, crosses, describe, find_parts
+from moa.choices import from_fields
 
 DENIED = "it is known, or said by architecture=, to have none"
 ENCODER_DECODER = (

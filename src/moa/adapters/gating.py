@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from moa.adapters.choices import check_choice, check_range
+from moa.choices import check_choice, check_range
 
 
 class Gates(NamedTuple):

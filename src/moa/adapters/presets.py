@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moa.adapters.choices import nearest, plain
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Copies, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Softmax, Threshold, TopK
 from moa.adapters.routers import PAPER_ROUTER, Router
+from moa.choices import nearest, plain
 
 
 def _copies(number: int, gating: Any, *, shared: bool = False, bias: bool = False) -> LoraExpert:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters.auxiliary import add_auxiliary_loss
-from moa.adapters.choices import check_choice, check_range
 from moa.adapters.context import BlockContext
 from moa.adapters.gating import Gates, Gating
 from moa.adapters.low_rank import read
 from moa.adapters.tuner import Attached
+from moa.choices import check_choice, check_range
 
 
 @dataclass

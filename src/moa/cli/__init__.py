@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli.bench import BenchCommand, bench
+from moa.cli.bench import bench
 from moa.cli.demo import demo
 from moa.cli.env import env
 from moa.cli.errors import Commands, show_traces
@@ -16,9 +16,12 @@ from moa.cli.export import export
 from moa.cli.generate import generate
 from moa.cli.import_reference import import_reference
 from moa.cli.inspect import inspect
+from moa.cli.keys import ANY_FLAG, KeysCommand, StudyKeysCommand
 from moa.cli.recipes import recipes
+from moa.cli.schema import schema
 from moa.cli.spans import spans
-from moa.cli.train import TrainCommand, train
+from moa.cli.train import train
+from moa.cli.watch import watch
 
 app = typer.Typer(
     cls=Commands,
@@ -42,8 +45,9 @@ def main(
 
 
 app.command()(demo)
-app.command(cls=TrainCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
-app.command(cls=BenchCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+app.command(cls=KeysCommand, context_settings=ANY_FLAG)(train)
+app.command(cls=StudyKeysCommand, context_settings=ANY_FLAG)(bench)
+app.command()(watch)
 app.add_typer(recipes, name="recipes")
 app.add_typer(spans, name="spans")
 app.command("eval")(evaluate)
@@ -51,4 +55,5 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(export)
 app.command()(import_reference)
+app.command()(schema)
 app.command()(env)

@@ -8,25 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from typer.core import TyperCommand
 
-from moa.cli.train import flags
-
-
-class BenchCommand(TyperCommand):
-    """Adds every key of a study to the help page."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        from moa.studies.study import Study
-        from moa.training.knobs import describe
-
-        table = Table(
-            Column("key", no_wrap=True), "default", "meaning", title="Study keys", title_justify="left", box=None
-        )
-        for name, default, doc in describe(Study):
-            table.add_row(name, default, doc)
-        Console().print(table)
+from moa.cli.keys import flags
 
 
 def bench(
@@ -61,22 +44,25 @@ def bench(
     given again; cells whose configuration was changed are run again. The output folder then holds `index.html` (the
     verdict), `results.json`, `results.md` and `cells/`.
     """
-    from moa.adapters.choices import check_choice
+    from moa.studies.study import Study
+
+    resolved = Study.load(study, flags(context.args))
+    from moa.choices import check_choice
+    from moa.settings import save
     from moa.studies.conduct import conduct
     from moa.studies.engine import ENGINES, Engine
     from moa.studies.plan import plan
-    from moa.studies.study import Study
     from moa.training.stops import TrainingStopped
 
     console = Console()
     check_choice("engine", engine, ENGINES)
     where = Engine(engine, workers, address)
-    resolved = Study.load(study, flags(context.args))
     with console.status("sizing methods") as status:
         planned = plan(resolved, only or [], lambda name: status.update(f"sizing {name}"))
     if dry_run:
         _show_plan(console, planned, workers or 1)
         return
+    save(resolved, planned.folder / "study.yaml")
     failures = []
     try:
         with _bar(console) as bar:

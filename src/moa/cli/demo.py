@@ -32,7 +32,7 @@ def demo(
         "moa-demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of initial weights, training data and test requests.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Test requests.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Test requests.")] = 64,
 ) -> None:
     """Fine-tune SmolLM2-135M with Soft MoA to turn booking requests into JSON; minutes on two cores.
 
@@ -42,7 +42,7 @@ def demo(
     """
     from moa.demo import recipe_of
 
-    show(recipe_of(output, seed), rows, Console())
+    show(recipe_of(output, seed), limit, Console())
 
 
 def show(recipe: Recipe, rows: int, console: Console) -> None:

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moa.cli.options import BaseOption, DtypeOption, SpansOption, TemplateOption
+from moa.cli.options import (
+    BaseOption,
+    DataOption,
+    Dtype,
+    DtypeOption,
+    NewTokensOption,
+    SeedOption,
+    SpansOption,
+    TemplateOption,
+    check_places,
+)
 from moa.cli.tables import accuracy_table, progress_bar
 
 
@@ -16,25 +26,16 @@ def evaluate(
     adapter: Annotated[
         str | None, typer.Argument(help="Folder or hub name of the adapter. Without one, the base model is measured.")
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to evaluate on; may be repeated. tasks:all, tasks:NAME[,NAME], a .json or .jsonl file, a folder "
-            "with test.jsonl, or owner/name on the hub. Default: tasks:all.",
-            metavar="SOURCE",
-        ),
-    ] = None,
+    data: DataOption = None,
     base: BaseOption = None,
     spans: SpansOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows of each set, drawn at random.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for settings, accuracies and every answer.")] = None,
     template: TemplateOption = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer. Default: 256, 40 for true/false, labels and tasks:.")
-    ] = None,
+    max_new_tokens: NewTokensOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the answers.")] = 32,
-    dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(help="Of the random draw of rows.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    seed: SeedOption = 0,
 ) -> None:
     """Measure accuracy: greedy answers, fixed extraction rules, 95 % intervals.
 
@@ -45,6 +46,7 @@ def evaluate(
 
         `moa eval --base Qwen/Qwen3-8B --data openai/gsm8k:main --limit 200`
     """
+    check_places(adapter, spans)
     from moa.evaluation import models
     from moa.evaluation.results import as_json, family_means, write
     from moa.evaluation.sets import evaluate_sets, load_all

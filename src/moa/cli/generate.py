@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moa.cli.options import BaseOption, DtypeOption, SpansOption, TemplateOption
+from moa.cli.options import BaseOption, Dtype, DtypeOption, SpansOption, TemplateOption, check_places
 
 if TYPE_CHECKING:
     from moa.data import Prompt
@@ -28,7 +28,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. Above 0: sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Write answers as they come, token by token.
 
@@ -39,12 +39,13 @@ def generate(
 
         `moa generate runs/my-adapter < questions.txt`
     """
+    adapter = None if adapter == "-" else adapter
+    check_places(adapter, spans)
     import torch
 
     from moa.data import prompt_of
     from moa.evaluation import models
 
-    adapter = None if adapter == "-" else adapter
     loaded = models.load(adapter, base, dtype=dtype, template=template, spans=spans)
     torch.manual_seed(seed)
     for instruction in _instructions() if prompt is None else [prompt]:

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moa.adapters.reference import files as reference_files
-
 
 def import_reference(
     source: Annotated[
@@ -32,6 +30,8 @@ def import_reference(
 
     Example: moa import-reference exp/adapter --base meta-llama/Llama-3.1-8B-Instruct --output adapters/official
     """
+    from moa.adapters.reference import files as reference_files
+
     config = reference_files.import_reference(source, base, output, variant)
     kinds = ", ".join(expert.kind for expert in config.experts)
     typer.echo(f"wrote {output} (experts: {kinds}; base: {base})")

@@ -9,7 +9,16 @@ import typer
 from rich.console import Console
 
 from moa.cli.heatmap import heatmap
-from moa.cli.options import BaseOption, DtypeOption, TemplateOption
+from moa.cli.options import (
+    BaseOption,
+    DataOption,
+    Dtype,
+    DtypeOption,
+    NewTokensOption,
+    SeedOption,
+    TemplateOption,
+    check_places,
+)
 from moa.cli.tables import progress_bar
 
 if TYPE_CHECKING:
@@ -23,25 +32,16 @@ def inspect(
         str | None, typer.Option(help="A second adapter to show beside it, on the same rows.", metavar="ADAPTER")
     ] = None,
     base: BaseOption = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to read; may be repeated. tasks:all, tasks:NAME[,NAME], a .json or .jsonl file, a folder "
-            "with test.jsonl, or owner/name on the hub. Default: tasks:all.",
-            metavar="SOURCE",
-        ),
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each set, drawn at random.")] = 20,
+    data: DataOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many rows of each set, drawn at random.")] = 20,
     examples: Annotated[int, typer.Option(min=0, help="Answers of each set to write and show token by token.")] = 1,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer to write. Default: as in moa eval.")
-    ] = None,
+    max_new_tokens: NewTokensOption = None,
     output: Annotated[
         Path, typer.Option(help="The page; the numbers go beside it into a .json file of the same name.")
     ] = Path("report.html"),
     template: TemplateOption = None,
-    dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(help="Of the random draw of rows.")] = 0,
+    dtype: DtypeOption = Dtype.auto,
+    seed: SeedOption = 0,
 ) -> None:
     """Look into an adapter: gates, dead experts, who is strongest on which token, how alike the experts are.
 
@@ -50,16 +50,18 @@ def inspect(
     Examples:
         `moa inspect runs/my-adapter`
 
-        `moa inspect runs/my-adapter --data my-test.jsonl --rows 50 --output routing.html`
+        `moa inspect runs/my-adapter --data my-test.jsonl --limit 50 --output routing.html`
 
         `moa inspect runs/soft-moa --against runs/molora`
     """
     if output.suffix not in (".html", ".htm"):
         raise ValueError(f"--output {output} must end in .html; the numbers go beside it into a .json file")
+    check_places(adapter)
+    check_places(against)
     from moa.evaluation.sets import load_all
     from moa.report.inspection import write_report
 
-    sets = load_all(data or ["tasks:all"], limit=rows, seed=seed, max_new_tokens=max_new_tokens)
+    sets = load_all(data or ["tasks:all"], limit=limit, seed=seed, max_new_tokens=max_new_tokens)
     console = Console()
     found = []
     for name in [adapter, *([against] if against else [])]:

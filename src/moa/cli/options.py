@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from moa.places import existing
+
+
+class Dtype(StrEnum):
+    """Of the base model; typer offers the members as choices."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Template(StrEnum):
+    """The names of `moa.data.templates.TemplateName`."""
+
+    alpaca = "alpaca"
+    short = "short"
+    chat = "chat"
+    none = "none"
+
 
 BaseOption = Annotated[
     str | None,
@@ -14,12 +36,12 @@ BaseOption = Annotated[
         "Default: what the adapter was trained on.",
     ),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the base model.")]
 TemplateOption = Annotated[
-    str | None,
+    Template | None,
     typer.Option(
         "--template",
-        help="Prompt template: alpaca, short, chat (the tokenizer's own), or none. Default: what the adapter was "
+        help="Prompt template; chat is the tokenizer's own, none the text as it is. Default: what the adapter was "
         "trained with; for a base model its chat template, if it has one.",
     ),
 ]
@@ -30,3 +52,27 @@ SpansOption = Annotated[
         help="Span plan (JSON) to attend by, or none for dense attention. Default: what the adapter was trained under.",
     ),
 ]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="What to ask; may be repeated. tasks:all, tasks:NAME[,NAME], a .json or .jsonl file, a folder with "
+        "test.jsonl, or owner/name on the hub. Default: tasks:all.",
+        metavar="SOURCE",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random draw of rows.")]
+NewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, help="Longest answer. Default: 256, 40 for true/false, labels and bundled tasks."
+    ),
+]
+
+
+def check_places(adapter: str | None, spans: str | None = None) -> None:
+    """Raise FileNotFoundError for an adapter or a plan that cannot be there, before anything heavy is loaded."""
+    if adapter is not None:
+        existing(adapter, "adapter")
+    if spans not in (None, "none"):
+        existing(str(spans), "span plan")

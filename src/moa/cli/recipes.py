@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from moa.cli.keys import ANY_FLAG, KeysCommand, flags
+
 recipes = typer.Typer(no_args_is_help=True, help="List, copy and validate recipes.")
 
 Name = Annotated[str, typer.Argument(help="A recipe file, or a name from `moa recipes ls`.")]
@@ -44,10 +46,9 @@ def copy_recipe(
     Console().print(f"copied to {file}; run it with: moa train {file}", markup=False, highlight=False, soft_wrap=True)
 
 
-@recipes.command("validate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@recipes.command("validate", cls=KeysCommand, context_settings=ANY_FLAG)
 def validate_recipe(context: typer.Context, name: Name) -> None:
     """Check a recipe (with any --key value) and count its parameters, without loading weights or data."""
-    from moa.cli.train import flags
     from moa.training.recipe import Recipe
     from moa.training.validate import validate
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
-from typer.core import TyperCommand
 
-
-class TrainCommand(TyperCommand):
-    """Adds every key of a recipe to the help page."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        from moa.training.knobs import describe
-        from moa.training.recipe import Recipe
-
-        table = Table(
-            Column("flag", no_wrap=True), "default", "meaning", title="Recipe keys", title_justify="left", box=None
-        )
-        for name, default, doc in describe(Recipe):
-            table.add_row(f"--{name}", default, doc)
-        Console().print(table)
+from moa.cli.keys import flags
 
 
 def train(
@@ -47,23 +31,3 @@ def train(
 
     folder = run(resolved, resume=resume, overwrite=overwrite)
     Console().print(f"saved the adapter in {folder}", markup=False, highlight=False, soft_wrap=True)
-
-
-def flags(arguments: list[str]) -> dict[str, str]:
-    """``["--a.b", "1", "--c=2"]`` to ``{"a.b": "1", "c": "2"}``.
-
-    Raises:
-        ValueError: an argument that is no flag, or a flag without a value.
-    """
-    found: dict[str, str] = {}
-    rest: Any = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--"):
-            raise ValueError(f"unexpected argument {argument!r}: keys of the recipe are given as --key value")
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = next(rest, "--")
-            if value.startswith("--"):
-                raise ValueError(f"--{key} needs a value: --{key} VALUE")
-        found[key.replace("-", "_")] = value
-    return found

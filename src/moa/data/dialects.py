@@ -16,9 +16,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
@@ -33,10 +32,6 @@ KNOWN = (
 )
 
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
-
-# Settings of the method itself, which no row can set.
-_METHOD = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
-_SETTINGS = frozenset(_METHOD.parameters) - {"tools", "documents"}
 
 
 def convert(fields: Mapping[str, Any], *, split: str, place: str) -> Row:
@@ -148,14 +143,23 @@ def _check_message(place: str, message: Mapping[str, Any]) -> None:
         raise ValueError(f"the field '{place}.content' is empty")
 
 
+@cache
+def _fixed() -> frozenset[str]:
+    """Settings of ``apply_chat_template`` itself, which no row can set."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
+
+
 def _columns(fields: Mapping[str, Any]) -> Row:
     """What else a chat row holds, by the name under which a chat template may read it."""
     columns = {name: value for name, value in fields.items() if name not in ("messages", "answer", *_FOR_TEMPLATES)}
     settings = _structure(fields, "chat_template_kwargs", dict) or {}
-    refused = sorted(_SETTINGS & settings.keys()) + (["chat_template"] if "chat_template" in columns else [])
+    fixed = _fixed()
+    refused = sorted(fixed & settings.keys()) + (["chat_template"] if "chat_template" in columns else [])
     if refused:
         raise ValueError(f"the field {refused[0]!r} cannot be set by a row: leave it out")
-    columns = {name: value for name, value in columns.items() if name not in _SETTINGS} | settings
+    columns = {name: value for name, value in columns.items() if name not in fixed} | settings
     for name in ("tools", "documents"):
         value = _structure({**fields, **columns}, name, list)
         columns.pop(name, None)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa.adapters.choices import check_range, nearest
+from moa.choices import check_range, nearest
 from moa.data.dialects import Row, convert
 from moa.extras import extra
-from moa.models import on_hub
+from moa.places import on_hub
 
 ROWS_PER_TASK = 1000
 """How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
-from moa.adapters.choices import check_choice
+from moa.choices import check_choice
 
-CHAT = "chat"
-NONE = "none"
+CHAT: Final = "chat"
+NONE: Final = "none"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ TEMPLATES: dict[str, Template] = {
     ),
     NONE: Template("{instruction}", "{instruction}\n\n{input}"),
 }
-TEMPLATE_NAMES = (*TEMPLATES, CHAT)
+TemplateName = Literal["alpaca", "short", "none", "chat"]
 """What a recipe and ``--template`` may say: the texts above, or the tokenizer's chat template."""
+
+TEMPLATE_NAMES: tuple[str, ...] = get_args(TemplateName)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def example_of(row: Mapping[str, Any], template: str) -> dict[str, Any]:
     return example | {"chat_template_kwargs": columns} if columns else example
 
 
-def form_of(rows: Iterable[Mapping[str, Any]], template: str) -> str:
+def form_of(rows: Iterable[Mapping[str, Any]], template: TemplateName) -> TemplateName:
     """The template that asks a new question in the form that ``rows`` have.
 
     Args:
@@ -134,7 +136,7 @@ def form_of(rows: Iterable[Mapping[str, Any]], template: str) -> str:
     Raises:
         ValueError: some rows are chats and others texts.
     """
-    forms = {CHAT if "messages" in row else NONE if "prompt" in row else template for row in rows}
+    forms: set[TemplateName] = {CHAT if "messages" in row else NONE if "prompt" in row else template for row in rows}
     if CHAT in forms and len(forms) > 1:
         raise ValueError("data.train mixes chat messages with plain rows: use one kind in a run")
     return forms.pop() if len(forms) == 1 else template

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from moa.adapters.choices import check_range
+from moa.choices import check_range
 from moa.data.templates import Prompt
 from moa.data.tokens import end_of_turn, prompt_tokens
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from moa.adapters.choices import check_choice
 from moa.assets import EMBEDDED
+from moa.choices import check_choice
 from moa.data.templates import CHAT, TEMPLATE_NAMES
 from moa.data.tokens import check_template
-from moa.models import on_hub
+from moa.places import on_hub
 from moa.spans import apply_spans
 from moa.training.base import adapter_base, load_adapter, load_base
 from moa.training.beside import beside

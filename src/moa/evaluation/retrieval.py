@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from moa.adapters.choices import check_choice
 from moa.assets import base_path
+from moa.choices import check_choice
 from moa.data.tokens import prompt_tokens
 from moa.evaluation.generation import context
 from moa.tasks import long_context

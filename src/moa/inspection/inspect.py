@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from moa.adapters.choices import plain
 from moa.adapters.config import MoAConfig
 from moa.adapters.members import experts_of, mixtures_of
 from moa.adapters.telemetry import Decisions, Place
+from moa.choices import plain
 from moa.data.templates import prompt_of
 from moa.data.tokens import example_tokens
 from moa.evaluation.generation import context

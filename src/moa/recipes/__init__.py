@@ -9,20 +9,29 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from moa.adapters.choices import nearest
+from moa.choices import nearest
 
 __all__ = ["base_config", "find", "names"]
 
 _FOLDER = Path(str(files(__name__)))
+_SHIPPED = {"recipe": "*.yaml", "span recipe": "spans/*.yaml"}
 
 
-def names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+def names(kind: str = "recipe") -> list[str]:
+    """Names of the shipped recipes.
+
+    Args:
+        kind: ``"recipe"``, ``"span recipe"``, or ``"study"``, of which none ships.
+    """
+    return sorted(path.stem for path in _FOLDER.glob(_SHIPPED[kind])) if kind in _SHIPPED else []
 
 
-def find(source: str | Path) -> Path:
+def find(source: str | Path, kind: str = "recipe") -> Path:
     """The file of a recipe, given its path or the name of a shipped one.
+
+    Args:
+        source: path or name.
+        kind: as for `names`.
 
     Raises:
         FileNotFoundError: neither; names near ones.
@@ -30,14 +39,12 @@ def find(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    shipped = _FOLDER / f"{source}.yaml"
-    if str(source) in names():
-        return shipped
+    shipped = names(kind)
+    if str(source) in shipped:
+        return (_FOLDER / _SHIPPED[kind]).with_name(f"{source}.yaml")
     siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    raise FileNotFoundError(
-        f"there is no recipe {str(source)!r}{nearest(path.name, [*names(), *siblings])}; "
-        f"`moa recipes ls` lists those that ship with moa"
-    )
+    known = f"; those that ship with moa are {shipped}" if shipped else ""
+    raise FileNotFoundError(f"there is no {kind} {str(source)!r}{nearest(path.name, [*shipped, *siblings])}{known}")
 
 
 def base_config(base: str) -> Path | None:

@@ -35,9 +35,20 @@ def write_page(path: str | Path, title: str, body: Markup) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(render("page.html", title=title, body=body), encoding="utf-8")
+    unfinished.write_text(frame(title, body), encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def frame(title: str, body: Markup, refresh: int | None = None) -> Markup:
+    """A whole page around ``body``.
+
+    Args:
+        title: the page's title and first heading.
+        body: HTML that was made by `render`.
+        refresh: seconds after which a browser asks for the page again; None: never.
+    """
+    return render("page.html", title=title, body=body, refresh=refresh)
 
 
 def shade(value: float, low: float = 0.0, high: float = 1.0) -> str:

@@ -139,7 +139,7 @@ def recipes_of(study: Study, cell: Cell, fitted: Fit, train_files: Sequence[Path
 def configuration(study: Study, cell: Cell, recipes: Sequence[Recipe], digest: str) -> dict[str, Any]:
     """Everything that a cell's result depends on, as it comes back from JSON. Versions are apart, see `Store`."""
     method = study.methods[cell.method]
-    trained = [recipe.to_dict() for recipe in recipes]
+    trained = [asdict(recipe) for recipe in recipes]
     for recipe in trained:
         for machine in ("output", "report_to"):
             recipe.pop(machine)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from moa.adapters.choices import check_choice, nearest
+from moa.choices import check_choice, nearest
+from moa.settings import Several, settings
 
 
-@dataclass
+@settings
 class Claim:
     """``better`` is better than every one of ``than`` at every budget.
 
@@ -20,13 +21,12 @@ class Claim:
     """
 
     better: str = ""
-    than: list[str] = field(default_factory=list)
+    than: Several[str] = field(default_factory=list)
     text: str = ""
     budgets: list[float] = field(default_factory=list)
     metric: str = ""
 
     def __post_init__(self) -> None:
-        self.than = [self.than] if isinstance(self.than, str) else list(self.than or [])
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
     def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+from moa.choices import check_names, nearest
 
-from moa.adapters.choices import check_names, nearest
-from moa.adapters.config import MoAConfig
-from moa.studies.sizing import SIZED, Mixture, PeftLora, Sizable, lily_variants
-from moa.training.adapter import adapter_config
+if TYPE_CHECKING:
+    from moa.adapters.config import MoAConfig
+    from moa.studies.sizing import Sizable
 
 NONE = "none"
 """The preset of what is not trained: the base alone, or under spans."""
@@ -91,6 +90,10 @@ class Method:
             if self.changes or self.grow or self.training:
                 raise ValueError(f"methods.{name}: preset 'none' trains nothing, so it takes no {[*self.changes]}")
             return
+        from moa.adapters.config import MoAConfig
+        from moa.studies.sizing import SIZED
+        from moa.training.adapter import adapter_config
+
         try:
             config = adapter_config({"preset": self.preset, **self.changes})
             if self.grow:
@@ -124,6 +127,12 @@ class Method:
 
     def variants(self, blocks: int) -> Iterator[Sizable]:
         """Ways to size the method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""
+        from peft import LoraConfig
+
+        from moa.adapters.config import MoAConfig
+        from moa.studies.sizing import SIZED, Mixture, PeftLora, lily_variants
+        from moa.training.adapter import adapter_config
+
         section = {"preset": self.preset, **self.changes}
         config = adapter_config(section)
         if isinstance(config, MoAConfig):
@@ -135,6 +144,8 @@ class Method:
 
 
 def _check_grows(name: str, config: MoAConfig, grow: list[str]) -> None:
+    from moa.studies.sizing import SIZED
+
     kinds = {expert.kind for expert in config.experts}
     sized = sorted(kinds & set(SIZED))
     if not kinds & set(grow or SIZED):

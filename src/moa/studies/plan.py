@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.adapters.choices import check_choice
+from moa.choices import check_choice
 from moa.evaluation.likelihood import KINDS
 from moa.spans import SpanPlan
 from moa.studies import cells as grid

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from peft import LoraConfig, PeftConfig
 
-from moa.adapters.choices import plain
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertConfig
+from moa.choices import plain
 
 SIZED = [kind for kind, layer in EXPERTS.items() if layer.config.size_setting is not None]
 """The kinds of experts with a setting that makes them larger; others keep their size."""

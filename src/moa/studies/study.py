@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa.adapters.choices import check_names, nearest
-from moa.data.templates import TEMPLATE_NAMES
+from pydantic import field_validator
+
+from moa.choices import check_names, nearest
+from moa.data.templates import TemplateName
+from moa.recipes import find
+from moa.settings import Range, Several, knob, load, settings
 from moa.studies.claims import Claim
 from moa.studies.methods import Method, whole
-from moa.studies.reading import build, listed, mapping, override, read
-from moa.training.knobs import Range, check, knob
 from moa.training.recipe import Recipe
 
 METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
@@ -21,40 +22,35 @@ DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_si
 """Keys of a recipe that a study sets by itself, the same for every method."""
 
 
-@dataclass
+@settings
 class StudyData:
     """What is learned and what is asked. Rows are drawn once, the same for every cell."""
 
-    train: list[str] = field(
-        default_factory=lambda: ["tasks:all"], metadata={"doc": "sources to learn from, as in a recipe"}
-    )
-    then: list[list[str]] = field(
-        default_factory=list,
-        metadata={"doc": "sources of later stages: each is learned on top of what the stage before left"},
+    train: Several[str] = knob(lambda: ["tasks:all"], "sources to learn from, as in a recipe")
+    then: list[Several[str]] = knob(
+        list, "sources of later stages: each is learned on top of what the stage before left"
     )
     train_rows: int | None = knob(None, "at most this many rows of each source", within=Range(1))
     validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", within=Range(1))
-    test: list[str] = field(
-        default_factory=lambda: ["tasks:all"],
-        metadata={
-            "doc": "sources to evaluate on, as in `moa eval`; also long:TASK@TOKENS (lines, needle, copying, facts) "
-            "and running text, text:NAME@TOKENS (manual, novels, a file)"
-        },
+    test: Several[str] = knob(
+        lambda: ["tasks:all"],
+        "sources to evaluate on, as in `moa eval`; also long:TASK@TOKENS (lines, needle, copying, facts) and running "
+        "text, text:NAME@TOKENS (manual, novels, a file)",
     )
     test_rows: int | None = knob(100, "at most this many rows or windows of each test set", within=Range(2))
-    template: str = knob("short", "prompt template", choices=TEMPLATE_NAMES)
+    template: TemplateName = knob("short", "prompt template")
     max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
     max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
     seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))
 
 
-@dataclass
+@settings
 class Calibration:
     """What span plans are made from; every seed of the study draws its own texts."""
 
     source: str = knob("tasks:lines,needle,copying", "texts with questions, as data.source of a span recipe")
-    lengths: list[int] = field(default_factory=lambda: [512, 1024], metadata={"doc": "profiled lengths, tokens"})
-    extend: list[int] = field(default_factory=list, metadata={"doc": "lengths bounded but not profiled, tokens"})
+    lengths: Several[int] = knob(lambda: [512, 1024], "profiled lengths, tokens")
+    extend: Several[int] = knob(list, "lengths bounded but not profiled, tokens")
     validate_length: int = knob(2048, "longer length at which the search's plans are compared", within=Range(1))
     items: int = knob(24, "calibration items per profiled length", within=Range(1))
     validate_items: int = knob(12, "items of the longer length", within=Range(1))
@@ -62,58 +58,49 @@ class Calibration:
     step: int = knob(128, "tokens between offsets of the search grid", within=Range(1))
 
 
-@dataclass
+@settings
 class Tuning:
     """Every method gets its learning rate by equally many tries; the lowest answer loss on validation rows wins."""
 
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-3, 1e-2, 3e-2], metadata={"doc": "rates to try; one alone is taken without a try"}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [1000], metadata={"doc": "seeds of the tries, none of those that are compared"}
-    )
+    learning_rates: Several[float] = knob(lambda: [3e-3, 1e-2, 3e-2], "rates to try; one alone is taken without a try")
+    seeds: Several[int] = knob(lambda: [1000], "seeds of the tries, none of those that are compared")
     budget: int | None = knob(None, "try at this budget alone and use the result at all; each budget if empty")
 
 
-@dataclass
+@settings
 class Study:
     """A comparison. Keys of ``methods`` are names; see `moa.studies.methods.Method` for what an entry holds."""
 
-    methods: dict[str, Method] = field(
-        default_factory=dict, metadata={"doc": "name: preset, changes, spans, grow, budgets"}
+    methods: dict[str, Method] = knob(dict, "name: preset, changes, spans, grow, budgets")
+    budgets: Several[float] = knob(
+        list, "trained parameters at which methods are compared; of span methods, shares of the KV cache"
     )
-    budgets: list[float] = field(
-        default_factory=list,
-        metadata={"doc": "trained parameters at which methods are compared; of span methods, shares of the KV cache"},
-    )
-    claims: list[Claim] = field(
-        default_factory=list, metadata={"doc": "what the study is to decide: better, than, text, budgets, metric"}
-    )
+    claims: list[Claim] = knob(list, "what the study is to decide: better, than, text, budgets, metric")
     title: str = knob("A comparison of fine-tuning methods", "of the page")
     note: str = knob("", "a paragraph for the page: what is compared and why")
     output: str = knob("study", "folder for cells, table, JSON and page")
     base: str = knob("embedded", "base model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
-    data: StudyData = field(default_factory=StudyData)
-    calibration: Calibration = field(default_factory=Calibration)
+    data: StudyData = knob(StudyData, "a section")
+    calibration: Calibration = knob(Calibration, "a section")
     steps: int = knob(300, "optimizer steps of every stage of every cell", within=Range(2))
     batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4],
-        metadata={"doc": "of initial weights and data order; paired between methods"},
-    )
+    seeds: Several[int] = knob(lambda: [0, 1, 2, 3, 4], "of initial weights and data order; paired between methods")
     tolerance: float = knob(0.01, "how far trained parameters may be off the budget", within=Range(0, 0.5))
-    metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "answer_loss"],
-        metadata={"doc": "what is measured; the first decides claims that name none"},
+    metrics: Several[str] = knob(
+        lambda: ["accuracy", "answer_loss"], "what is measured; the first decides claims that name none"
     )
     snapshots: int = knob(3, "points of training at which the routers are looked at", within=Range(1))
-    tuning: Tuning = field(default_factory=Tuning)
-    training: dict[str, Any] = field(default_factory=dict, metadata={"doc": "other keys of a recipe, for all methods"})
+    tuning: Tuning = knob(Tuning, "a section")
+    training: dict[str, Any] = knob(dict, "other keys of a recipe, for all methods")
+
+    @field_validator("methods", mode="before", json_schema_input_type=dict[str, dict[str, Any] | None])
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: one if isinstance(one, Method) else Method.from_tree(name, one) for name, one in given.items()}
 
     def __post_init__(self) -> None:
-        sections = {"": self, "data.": self.data, "tuning.": self.tuning, "calibration.": self.calibration}
-        for name, section in sections.items():
-            check(section, name)
         self.budgets = [whole(budget) for budget in self.budgets]
         check_names("metrics", self.metrics, METRICS)
         _check_numbers(self)
@@ -128,16 +115,6 @@ class Study:
         for name, method in self.methods.items():
             _check_training(f"methods.{name}: training", method.training)
 
-    @staticmethod
-    def methods_from(tree: Any) -> dict[str, Method]:
-        """The section of that name."""
-        return {str(name): Method.from_tree(str(name), entry) for name, entry in mapping("methods", tree).items()}
-
-    @staticmethod
-    def claims_from(tree: Any) -> list[Claim]:
-        """The section of that name."""
-        return [build(Claim, entry, f"claims[{place}].") for place, entry in enumerate(listed("claims", tree))]
-
     def _check_reach(self, claim: Claim) -> None:
         for name in (claim.better, *claim.than):
             if absent := set(claim.budgets or self.budgets) - set(self.budgets_of(name)):
@@ -147,26 +124,19 @@ class Study:
                 )
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Study:
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
         """A study from a YAML file, with flags laid over it.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range.
+            FileNotFoundError: no such file; names a near one.
+            ValueError: as `moa.settings.load`.
         """
-        path = Path(path).expanduser()
-        try:
-            tree = read(path)
-            for key, text in (overrides or {}).items():
-                override(tree, key, text)
-            return cls.from_tree(tree)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
+        return load(cls, find(path, "study"), overrides)
 
     @classmethod
     def from_tree(cls, tree: Any) -> Study:
         """A study from plain data, as `to_dict` gives it."""
-        return build(cls, tree)  # type: ignore[no-any-return]
+        return cls(**tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_tree` can build the study from again."""

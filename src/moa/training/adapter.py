@@ -8,9 +8,9 @@ from typing import Any
 import peft
 from peft import PeftConfig
 
-from moa.adapters.choices import check_choice, from_fields
 from moa.adapters.config import MoAConfig
 from moa.adapters.presets import preset
+from moa.choices import check_choice, from_fields
 
 # What is compared with from outside; the places are those of moa's presets, as most families call them.
 PEFT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {

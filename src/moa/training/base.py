@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moa.adapters.choices import check_choice
 from moa.adapters.config import MoAConfig
-from moa.models import existing, load
+from moa.choices import check_choice
+from moa.models import load
+from moa.places import existing
 from moa.training.checkpoints import WEIGHTS
 
 CONFIG = "adapter_config.json"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from moa.assets import EMBEDDED
-from moa.models import NAMED, on_hub
+from moa.models import NAMED
+from moa.places import on_hub
 from moa.training.recipe import FILE_NAME, Recipe
 
 if TYPE_CHECKING:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-
-import yaml
 
 from moa.spans import SpanPlan
 from moa.training.callbacks import LOG_NAME
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
+from moa.training.progress import PROGRESS_NAME
 from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.spans import FILE_NAME as PLAN_NAME
 
 # What a run, its trackers and the demo leave in their folder, besides checkpoints.
 _WRITTEN = (
-    *("adapter_config.json", WEIGHTS, "README.md", FILE_NAME, LOG_NAME, PLAN_NAME),
+    *("adapter_config.json", WEIGHTS, "README.md", FILE_NAME, LOG_NAME, PROGRESS_NAME, PLAN_NAME),
     *("accuracy_before.json", "accuracy_after.json", "runs"),
 )
 # Settings that may differ between a run and its continuation. Of a plan its content counts, not its path.
@@ -87,9 +87,9 @@ def _to_resume_from(folder: Path) -> Path | None:
 def check_same(recipe: Recipe, plan: SpanPlan | None, folder: Path) -> None:
     """Raise ValueError unless the run in ``folder`` has the same settings, as far as they matter for its result."""
     file = folder / FILE_NAME
-    saved = Recipe(**yaml.safe_load(file.read_text(encoding="utf-8")))
-    now = recipe.to_dict()
-    for key, before in saved.to_dict().items():
+    saved = Recipe.load(file)
+    now = asdict(recipe)
+    for key, before in asdict(saved).items():
         if key not in _FREE and before != now[key]:
             raise ValueError(
                 f"cannot resume with another setting: {key} was {before} in {file}, now it is {now[key]}; "

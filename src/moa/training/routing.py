@@ -64,11 +64,13 @@ class RouterCallback(TrainerCallback):
 
     Attributes:
         labels: of the step's batch, (batch, tokens); tokens with -100 do not count. None: all text tokens count.
+        seen: of every router its block, site (None for the block's own), experts and mean gates, as of the last log.
     """
 
     def __init__(self, adapter: str | None = None):
         self.adapter = adapter
         self.labels: Tensor | None = None
+        self.seen: list[dict[str, Any]] = []
         self._watching = ExitStack()
         self._tallies: dict[Place, Tally] = defaultdict(Tally)
         self._columns: dict[int, list[str]] = {}
@@ -103,9 +105,16 @@ class RouterCallback(TrainerCallback):
         if logs is None or "loss" not in logs or not seen:
             return
         found = figures(seen, self._columns)
+        self.seen = [self._mean_gates(place, tally) for place, tally in seen.items()]
         self._tallies.clear()
         logs |= found
         state.log_history[-1] |= found
+
+    def _mean_gates(self, place: Place, tally: Tally) -> dict[str, Any]:
+        means = [float(f"{value:.4g}") for value in (tally.gates / tally.tokens).tolist()]
+        own = place.site is None
+        names = self._columns.get(place.block, []) if own else [str(number) for number in range(len(means))]
+        return {"block": place.block, "site": place.site, "experts": names, "gates": means}
 
     def _count(self, record: GateRecord, mask: Any) -> None:
         for place, decided in record.decisions():
@@ -153,7 +162,7 @@ def _mean(values: list[Tensor]) -> Tensor:
     return torch.stack([value.cpu() for value in values]).mean()
 
 
-def log_router(trainer: Trainer, adapter: str | None = None) -> None:
+def log_router(trainer: Trainer, adapter: str | None = None) -> RouterCallback:
     """Let a trainer's log, and whatever ``report_to`` names, show how the routers of its mixture decide.
 
     Call it between building the trainer and ``train()``. Figures are of the tokens that carry a loss, if batches have
@@ -162,6 +171,9 @@ def log_router(trainer: Trainer, adapter: str | None = None) -> None:
     Args:
         trainer: any transformers `Trainer`, TRL's among them. Its ``compute_loss`` is watched for the labels.
         adapter: whose routers; None: those of the one active adapter.
+
+    Returns:
+        What counts; its ``seen`` has the gates of every router by itself.
 
     Raises:
         ValueError: the trainer compiles the model. Watching breaks compiled blocks in pieces, which cannot run.
@@ -186,3 +198,4 @@ def log_router(trainer: Trainer, adapter: str | None = None) -> None:
     trainer.compute_loss = watched  # type: ignore[method-assign]
     # ahead of the trackers, which send on what is in the log when their turn comes
     trainer.callback_handler.callbacks.insert(0, callback)
+    return callback

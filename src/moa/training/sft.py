@@ -16,13 +16,15 @@ from moa.adapters.config import MoAConfig
 from moa.data import example_tokens, form_of, load_rows
 from moa.data.tokens import Tokens, check_template
 from moa.extras import extra
+from moa.settings import save
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
 from moa.training.card import write_card
 from moa.training.checkpoints import WRITING, room_on_disk
 from moa.training.output import check_output, check_same, clear_output, move_into
-from moa.training.recipe import Recipe
+from moa.training.progress import Progress
+from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.routing import log_router
 from moa.training.spans import FILE_NAME as PLAN_NAME
 from moa.training.spans import plan_from, under
@@ -72,13 +74,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
     if start is not None:
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
-    if isinstance(trainer.model.active_peft_config, MoAConfig):  # a recipe may name a method of PEFT's own
-        log_router(trainer)
+    mixture = isinstance(trainer.model.active_peft_config, MoAConfig)  # a recipe may name a method of PEFT's own
+    trainer.add_callback(Progress(folder, log_router(trainer) if mixture else None))
     if trainer.is_world_process_zero():
         _tell_sizes(trainer, examples, recipe.data.max_length)
     if trainer.is_world_process_zero():
         clear_output(folder, checkpoint)
-        recipe.save(folder)
+        save(recipe, folder / FILE_NAME)
         if plan is not None:
             plan.save(folder / PLAN_NAME)
         if resume:

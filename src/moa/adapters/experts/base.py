@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters.architectures import Host
-from moa.adapters.choices import build, check_range, from_fields
 from moa.adapters.context import BlockContext, Forward, Gate, Weights, first_argument
 from moa.adapters.gating import GATINGS, Gates, Softmax
 from moa.adapters.gradients import check_gradient
 from moa.adapters.low_rank import widen
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.tuner import Attached
+from moa.choices import build, check_range, from_fields
 
 
 class Site(NamedTuple):

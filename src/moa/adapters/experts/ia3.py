@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moa.adapters.choices import check_names
 from moa.adapters.context import first_argument
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
+from moa.choices import check_names
 
 TARGETS = ("k", "v", "down")
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from moa.adapters.architectures import PROJECTIONS, Host
-from moa.adapters.choices import check_names, check_range
 from moa.adapters.context import BlockContext
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.bottleneck import BottleneckLayer, Factors
+from moa.choices import check_names, check_range
 
 
 @dataclass

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from moa.adapters.architectures import Host
-from moa.adapters.choices import check_choice, check_range
 from moa.adapters.context import BlockContext, first_argument
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.bottleneck import BottleneckLayer, Factors, UpProjection
+from moa.choices import check_choice, check_range
 
 
 @dataclass

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters import attention_interface
-from moa.adapters.choices import check_range
 from moa.adapters.context import Forward, bound_arguments, parameters_of_forward
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, as_tensor
 from moa.adapters.gradients import check_gradient
 from moa.adapters.prompt_attention import KeptPrompt, Prompt, add_prompt, prompt_alone
+from moa.choices import check_range
 
 
 @dataclass

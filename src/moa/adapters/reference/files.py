@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa.adapters.choices import check_choice
 from moa.adapters.config import MoAConfig
 from moa.adapters.reference.settings import VARIANTS, reference_config
 from moa.adapters.reference.weights import load_reference
+from moa.choices import check_choice
 
 WEIGHTS = ("adapter.safetensors", "adapter.pth", "adapter_model.safetensors", "adapter_model.bin")
 SETTINGS = ("adapter_params.json", "adapter_config.json")

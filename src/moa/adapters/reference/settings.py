@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moa.adapters.choices import check_choice, check_range, nearest
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Copies, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Gating, Soft, Softmax, Threshold, TopK
 from moa.adapters.routers import Router
+from moa.choices import check_choice, check_range, nearest
 
 TARGETS = {"Q": "q", "K": "k", "V": "v", "O": "o", "FFN_UP": "up", "FFN_GATE": "gate", "FFN_DOWN": "down"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from moa.cli.keys import ANY_FLAG, SpanKeysCommand
 from moa.cli.spans.calibrate import calibrate
-from moa.cli.spans.command import SpansCommand
 from moa.cli.spans.profile import profile
 from moa.cli.spans.run import run
 from moa.cli.spans.search import search
@@ -17,6 +17,5 @@ spans = typer.Typer(
     "The steps, all with one recipe: calibrate, profile, search, validate, run.",
 )
 
-_flags = {"allow_extra_args": True, "ignore_unknown_options": True}
 for _verb in (calibrate, profile, search, validate, run):
-    spans.command(cls=SpansCommand, context_settings=_flags)(_verb)
+    spans.command(cls=SpanKeysCommand, context_settings=ANY_FLAG)(_verb)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
-from typer.core import TyperCommand
+
+from moa.cli.keys import flags
 
 if TYPE_CHECKING:
     from moa.cli.spans.recipe import SpanRecipe
@@ -20,31 +20,15 @@ Recipe = Annotated[str, typer.Argument(help="A span recipe file, or the name of 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start this step over instead of going on with it.")]
 
 
-class SpansCommand(TyperCommand):
-    """Adds every key of a span recipe to the help page."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        from moa.cli.spans.recipe import SpanRecipe, shipped
-        from moa.training.knobs import describe
-
-        column = Column("flag", no_wrap=True)
-        table = Table(column, "default", "meaning", title="Recipe keys", title_justify="left", box=None)
-        for name, default, doc in describe(SpanRecipe):
-            table.add_row(f"--{name}", default, doc)
-        Console().print(table)
-        Console().print(f"Recipes that ship with moa: {', '.join(shipped())}", highlight=False)
-
-
 def begin(name: str, arguments: list[str]) -> SpanRecipe:
     """The recipe with its flags. Nothing is written: a step that is refused leaves every file as it was.
 
     Raises:
         ValueError: the recipe is wrong, or a folder that it names is a file.
     """
-    from moa.cli.spans.recipe import SpanRecipe, overrides_of
+    from moa.cli.spans.recipe import SpanRecipe
 
-    recipe = SpanRecipe.load(name, overrides_of(arguments))
+    recipe = SpanRecipe.load(name, flags(arguments))
     for key, folder in (("output", recipe.folder), ("evidence", recipe.profiled)):
         if folder.is_file():
             raise ValueError(f"{key}={str(folder)!r} is a file, not a folder")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+from moa.choices import check_range
+from moa.recipes import find
+from moa.settings import Range, Several, knob, load, save, settings
 
-from moa.adapters.choices import check_range, nearest
-from moa.spans.evidence.sources import Source
-from moa.spans.search.plans import Limits
-from moa.training.knobs import Range, check, knob, knobs, numbers, parse
-
-FOLDER = Path(str(files("moa.recipes"))) / "spans"
+if TYPE_CHECKING:
+    from moa.spans.evidence.sources import Source
+    from moa.spans.search.plans import Limits
 
 
-@dataclass
+@settings
 class Data:
     """What the model is asked about."""
 
@@ -36,36 +34,29 @@ class Data:
     start: str = knob("", "how every answer begins; given to the model")
 
 
-@dataclass
+@settings
 class SpanRecipe:
     """A span search from the model to the plan."""
 
     base: str = knob("embedded", "model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     output: str = knob("moa-spans", "folder for everything the steps write")
     evidence: str | None = knob(None, "folder with calibration items and influence; default: output")
-    dtype: str = knob(
-        "auto",
-        "of the model. auto: bfloat16 where the accelerator has it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+    dtype: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto", "of the model. auto: bfloat16 where the accelerator has it, else float32"
     )
     seed: int = knob(0, "of the order of texts and of generated ones", within=Range(0, 2**31 - 1))
 
-    data: Data = field(default_factory=Data)
-    lengths: list[int] = field(
-        default_factory=lambda: [2048, 4096, 8192], metadata={"doc": "profiled lengths, tokens", "within": None}
-    )
-    extend: list[int] = field(
-        default_factory=lambda: [16384], metadata={"doc": "lengths bounded but not profiled, tokens"}
-    )
+    data: Data = knob(Data, "what the model is asked about")
+    lengths: Several[int] = knob(lambda: [2048, 4096, 8192], "profiled lengths, tokens")
+    extend: Several[int] = knob(lambda: [16384], "lengths bounded but not profiled, tokens")
     validate_length: int = knob(12288, "longer length on which plans are compared, tokens", within=Range(1))
     items: int = knob(50, "calibration items per profiled length", within=Range(1))
     validate_items: int = knob(20, "held-out items of the longer length", within=Range(1))
     max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
     signal: float = knob(0.5, "least share of items that must need their far context; 0: any", within=Range(0, 1))
 
-    density: list[float] = field(
-        default_factory=lambda: [0.5],
-        metadata={"doc": "greatest mean share of the dense KV cache; several, and each gets plans of its own"},
+    density: Several[float] = knob(
+        lambda: [0.5], "greatest mean share of the dense KV cache; several, and each gets plans of its own"
     )
     floor: float = knob(0.9, "least mean density, as a share of density", within=Range(0, 1))
     rules_per_layer: int = knob(2, "most distinct rules in a layer", within=Range(1, 3))
@@ -77,10 +68,6 @@ class SpanRecipe:
     seconds: float = knob(60.0, "longest time for one goal before pricing takes over", within=Range(0, open_low=True))
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, Mapping):
-            self.data = Data(**self.data)
-        check(self)
-        check(self.data, "data.")
         if not self.lengths:
             raise ValueError("lengths=[] names no length to profile")
         if not self.density:
@@ -97,42 +84,27 @@ class SpanRecipe:
             raise ValueError(f"validate_length={self.validate_length} must be longer than the profiled {longest}")
 
     @classmethod
-    def load(cls, source: str, overrides: Mapping[str, str] | None = None) -> SpanRecipe:
+    def load(cls, source: str, overrides: Mapping[str, Any] | None = None) -> SpanRecipe:
         """A recipe from a file or a shipped one's name, with flags laid over it.
 
         Raises:
             FileNotFoundError: no such recipe; names those that ship.
-            ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range.
+            ValueError: as `moa.settings.load`.
         """
-        path = _find(source)
-        try:
-            tree = numbers(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict) or not isinstance(tree.setdefault("data", {}), dict):
-            raise ValueError(f"{path}: a recipe is a mapping of keys to values, and its data section is one, too")
-        for key, text in (overrides or {}).items():
-            section, _, name = key.rpartition(".")
-            (tree["data"] if section == "data" else tree)[name if section == "data" else key] = parse(text)
-        allowed = [name for name, _ in knobs(cls)]
-        for key in [*(key for key in tree if key != "data"), *(f"data.{key}" for key in tree["data"])]:
-            if key not in allowed:
-                raise ValueError(f"{path.name}: there is no key {key!r}{nearest(key, allowed)}; keys are {allowed}")
-        try:
-            return cls(**tree)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
+        return load(cls, find(source, "span recipe"), overrides)
 
     def save(self, folder: Path) -> None:
         """Write every key beside what a step has made, so that the step can be repeated."""
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        save(self, folder / "recipe.yaml")
 
     def source(self) -> Source:
+        from moa.spans.evidence.sources import Source
+
         return Source(**dataclasses.asdict(self.data), seed=self.seed)
 
     def limits(self, density: float) -> Limits:
+        from moa.spans.search.plans import Limits
+
         names = [entry.name for entry in dataclasses.fields(Limits) if hasattr(self, entry.name)]
         own = {"extend": tuple(self.extend), "density": density}
         return Limits(**{name: getattr(self, name) for name in names} | own)
@@ -189,40 +161,3 @@ class PlanFolder:
     def front(self) -> list[Path]:
         """Files of the plans that the search has found."""
         return sorted(self.path.glob("plan-*.json"))
-
-
-def shipped() -> list[str]:
-    """Names of the span recipes that ship with moa."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def _find(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if source in shipped():
-        return FOLDER / f"{source}.yaml"
-    raise FileNotFoundError(
-        f"there is no span recipe {source!r}{nearest(source, shipped())}; give a YAML file, or one of {shipped()}"
-    )
-
-
-def overrides_of(arguments: list[str]) -> dict[str, Any]:
-    """Flags of a command line that are keys of the recipe; several values after one flag are a list."""
-    from moa.cli.train import flags
-
-    joined: list[str] = []
-    for flag, values in grouped(arguments):
-        joined += [flag, f"[{', '.join(values)}]"] if len(values) > 1 else [flag, *values]
-    return dict(flags(joined))
-
-
-def grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """Every flag with the values that follow it."""
-    found: list[tuple[str, list[str]]] = []
-    for argument in arguments:
-        if argument.startswith("--") or not found:
-            found.append((argument, []))
-        else:
-            found[-1][1].append(argument)
-    return found

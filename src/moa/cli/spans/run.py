@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moa.cli.options import Template
 from moa.cli.spans.command import Recipe, begin, load_model, tell
 
 if TYPE_CHECKING:
@@ -18,15 +19,17 @@ def run(
     context: typer.Context,
     recipe: Recipe,
     prompt: Annotated[str | None, typer.Option(help="The prompt. Default: all of standard input.")] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="A plan file, ours or a published one. Default: what `validate` chose.")
+    spans: Annotated[
+        Path | None, typer.Option(help="A span plan, ours or a published one. Default: what `validate` chose.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Leave out the model's chat template.")] = False,
+    template: Annotated[
+        Template | None, typer.Option(help="Prompt template. Default: the model's chat template, if it has one.")
+    ] = None,
 ) -> None:
     """Step 5: answer a prompt under the plan, and say what the KV cache takes against the dense one.
 
     For example `moa spans run my-recipe.yaml < question.txt`, or with a plan of your own:
-    `moa spans run my-recipe.yaml --prompt "Once upon a time" --plain --plan moa_alpha_beta.json`.
+    `moa spans run my-recipe.yaml --prompt "Once upon a time" --template none --spans moa_alpha_beta.json`.
     """
     import torch
 
@@ -34,13 +37,11 @@ def run(
     from moa.spans.runtime.application import apply_spans
 
     settings = begin(recipe, context.args)
-    file = plan or _plan_file(settings)
+    file = spans or _plan_file(settings)
     chosen = SpanPlan.load(file)
     text = sys.stdin.read() if prompt is None else prompt
     model, tokenizer = load_model(settings)
-    tokens = torch.tensor([_tokens(tokenizer, text, plain)], device=model.device)
-    if tokens.shape[1] == 0:
-        raise ValueError("the prompt is empty")
+    tokens = torch.tensor([_tokens(tokenizer, text, template)], device=model.device)
     with apply_spans(model, chosen):
         output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
     _tell_sizes(model, output.past_key_values, output.sequences.shape[1] - 1)  # the last token is in no cache yet
@@ -51,18 +52,15 @@ def _plan_file(settings: SpanRecipe) -> Path:
         raise ValueError(f"density={settings.density}: an answer is given under one plan; name one with --density")
     file = settings.plans(settings.density[0]).plan_file
     if not file.exists():
-        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --plan")
+        raise FileNotFoundError(f"there is no plan {str(file)!r}; `moa spans validate` writes it, or give --spans")
     return file
 
 
-def _tokens(tokenizer: Any, text: str, plain: bool) -> list[int]:
-    from moa.spans.evidence.conversation import begun, token_ids
+def _tokens(tokenizer: Any, text: str, template: str | None) -> list[int]:
+    from moa.data import prompt_of, prompt_tokens
 
-    if plain or not tokenizer.chat_template:
-        return begun(tokenizer, text)
-    message = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return token_ids(tokenizer, rendered)
+    template = template or ("chat" if tokenizer.chat_template else "none")
+    return prompt_tokens(tokenizer, prompt_of({"instruction": text}, template))
 
 
 def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any:

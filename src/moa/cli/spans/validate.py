@@ -55,7 +55,7 @@ def _front(folder: PlanFolder) -> list[SpanPlan]:
 
 def _of_one_density(settings: SpanRecipe, arguments: list[str]) -> list[str]:
     """The flags for `run`, which answers under one plan."""
-    from moa.cli.spans.recipe import grouped
+    from moa.cli.keys import grouped
 
     if len(settings.density) == 1:
         return arguments
