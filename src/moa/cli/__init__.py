@@ -17,6 +17,7 @@ from moa.cli.generate import generate
 from moa.cli.import_reference import import_reference
 from moa.cli.inspect import inspect
 from moa.cli.recipes import recipes
+from moa.cli.serve import serve
 from moa.cli.spans import spans
 from moa.cli.train import TrainCommand, train
 
@@ -50,5 +51,6 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(import_reference)
 app.command()(env)
