@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -198,7 +198,8 @@ def cases(request: Any, tmp_path_factory: Any) -> dict[str, Case]:
     found = {}
     for name in dict.fromkeys(asked):
         folder = tmp_path_factory.mktemp(name)
-        found[name] = TRAINED[name](folder) if name in TRAINED else tiny_case(name, folder)
+        with suppress(FileNotFoundError):  # SmolLM2 need not be on this machine
+            found[name] = TRAINED[name](folder) if name in TRAINED else tiny_case(name, folder)
     return found
 
 
@@ -325,6 +326,8 @@ def test_new_weights_in_place(cases):
 
 @pytest.mark.case("smollm2")
 def test_a_pretrained_base(cases):
+    if "smollm2" not in cases:
+        pytest.skip("SmolLM2 is not on this machine")
     case = cases["smollm2"]
     with engine(case.base, {"bookings": case.adapter}) as llm:
         check(ask(llm, case.prompts), case.answers)

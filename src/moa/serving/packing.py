@@ -384,7 +384,7 @@ AttentionInterface.register(INTERFACE, _with_prompts)
 
 
 def experts_of(mixture: Mixture) -> list[ExpertLayer]:
-    """The block's experts, in the order of their gates; of kinds that rescale, last."""
+    """All experts in the block."""
     return [module for module in mixture.host.modules() if isinstance(module, ExpertLayer)]
 
 
