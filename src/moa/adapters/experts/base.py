@@ -170,7 +170,7 @@ class ExpertLayer(Attached):
             return output
         y = output[0] if isinstance(output, tuple) else output
         x = self.input_of(module, args, kwargs, y)
-        for adapter in self.enabled():
+        for adapter in super().enabled(self.output):
             if self.observers:
                 self.show(adapter, x, y)
             y = self.apply_to(now, adapter, x, y)
@@ -201,7 +201,7 @@ class ExpertLayer(Attached):
     def own_part(self, y: Tensor) -> Tensor:
         """The host's output (..., features) -> what of it is this expert's, (..., out)."""
         part = self.place.part
-        return y if part is None else part.of(y).flatten(-3)
+        return y if part is None else part.of(y).reshape(*y.shape[:-1], -1)
 
     def enabled(self, container: Any = None) -> Sequence[str]:
         """Names of the adapters that take part in a forward now and have this expert."""
