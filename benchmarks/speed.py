@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                        # the whole table, half an hour on a quiet core
     python benchmarks/speed.py --families llama --dtypes float32 --work decode1 --rounds 40
+    python benchmarks/speed.py --work compiled1                       # decoding under torch.compile, minutes a variant
     python benchmarks/speed.py --quantised nf4 int8                   # bases of bitsandbytes, where it is installed
 
 Random weights in SmolLM2-135M's shape with six blocks, one thread. All variants share one set of base weights and are
@@ -24,7 +25,7 @@ import torch
 from measure import interleave, keep_freed_memory, machine, ratio, saved_bytes
 from peers import naive_copies
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, StaticCache
 
 import moa
 
@@ -46,7 +47,7 @@ SHAPE = {
 }
 FAMILIES = ("llama", "gemma3_text", "olmo2", "phi3")
 DTYPES = ("float32", "bfloat16")
-WORK = ("train", "saved", "decode1", "decode8", "prefill")
+WORK = ("train", "saved", "decode1", "decode8", "prefill", "compiled1")
 LORA = "PEFT LoRA r=8"
 QUANTISED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -127,6 +128,21 @@ def decode_step(model: Any, rows: int, tokens: int = 8) -> Callable[[], None]:
     return step
 
 
+def compiled_step(model: Any, rows: int, tokens: int = 8) -> Callable[[], None]:
+    """Decoding with a static cache and the whole model in one graph, which is an error where the graph breaks."""
+    ids = torch.randint(0, VOCABULARY, (rows, 1))
+    cache = StaticCache(config=model.config, max_cache_len=64 + tokens)
+    compiled = torch.compile(model, fullgraph=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        cache.reset()
+        for _ in range(tokens):
+            compiled(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    return step
+
+
 def steps_of(work: str, models: dict[str, Any]) -> dict[str, Callable[[], None]]:
     torch.manual_seed(2)
     steps: dict[str, Callable[[], None]] = {}
@@ -136,6 +152,8 @@ def steps_of(work: str, models: dict[str, Any]) -> dict[str, Callable[[], None]]
                 steps[name] = train_step(model.train())
         elif work == "prefill":
             steps[name] = prefill_step(model.eval())
+        elif work.startswith("compiled"):
+            steps[name] = compiled_step(model.eval(), int(work.removeprefix("compiled")))
         else:
             steps[name] = decode_step(model.eval(), int(work.removeprefix("decode")))
     return steps

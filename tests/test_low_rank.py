@@ -215,7 +215,7 @@ def test_widening_puts_zeros_beside_a_part(part: str) -> None:
     expected[..., columns(part)] = delta
     assert torch.equal(widen(delta, PARTS[part]), expected)
     if PARTS[part] is not None:
-        assert torch.equal(PARTS[part].of(expected).flatten(-3), delta)
+        assert torch.equal(PARTS[part].of(expected).reshape(delta.shape), delta)
 
 
 def test_copies_share_and_weigh_a_bottleneck() -> None:
@@ -340,9 +340,66 @@ def rows_of(family: str, site: str) -> list[int]:
     return [*range(first, first + widths["qkv".index(site)])]
 
 
-def test_few_and_many_tokens_agree() -> None:
+def many_and_few(model: PeftModel) -> tuple[Tensor, Tensor]:
+    """Logits of a short text with gradients, which takes the way of many tokens, and without."""
+    with torch.no_grad():
+        few = model(TOKENS[:1, :1], use_cache=False).logits
+    return model(TOKENS[:1, :1], use_cache=False).logits.detach(), few
+
+
+@pytest.mark.parametrize("how", ["in place", "past autograd", "moved", "replaced", "loaded", "cast"])
+def test_weights_that_change_between_tokens_are_followed(how: str) -> None:
+    model = adapted(gating=moa.Soft()).eval()
+    before, _ = many_and_few(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.mixture_q.moa_B["default"]
+    with torch.no_grad():
+        new = layer.weight * 20
+        if how == "in place":
+            layer.weight.copy_(new)
+        elif how == "past autograd":
+            layer.weight.data.copy_(new)
+        elif how == "moved":
+            layer.weight.data = new
+        elif how == "replaced":
+            layer.weight = nn.Parameter(new)
+        elif how == "loaded":
+            layer.load_state_dict({"weight": new}, assign=True)
+        else:
+            layer.to(torch.float64).weight.copy_(new)
+    many, few = many_and_few(model)
+    assert not torch.allclose(many, before, atol=1e-3)
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_is_not_contiguous_gets_its_update() -> None:
+    """Quantised and patched layers may put out any layout."""
+    model = adapted(experts=[moa.LoraExpert(["q"], r=2)]).eval()
+    expected, _ = many_and_few(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    plain = type(layer).forward
+    layer.forward = lambda x: plain(layer, x).expand(2, -1, -1).transpose(1, 2).contiguous().transpose(1, 2)[:1]
+    many, few = many_and_few(model)
+    torch.testing.assert_close(many, expected)
+    torch.testing.assert_close(few, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_autocast_decodes_as_it_reads_a_text(family: str) -> None:
+    model = adapted(family).eval()
+    with torch.no_grad():
+        exact = model(TOKENS, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            few = model(TOKENS, use_cache=False).logits
+            many = model(TOKENS.repeat(2, 1), use_cache=False).logits[:3]
+    assert 2 * TOKENS.numel() > FEW_TOKENS >= TOKENS.numel()
+    torch.testing.assert_close(few, many, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(few.float(), exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_few_and_many_tokens_agree(family: str) -> None:
     """Decoding takes another way through the experts than a whole text does."""
-    model = adapted(gating=moa.Threshold())
+    model = adapted(family, gating=moa.Threshold())
     long = TOKENS.repeat(1, 5)
     assert long.numel() > FEW_TOKENS
     with torch.no_grad():

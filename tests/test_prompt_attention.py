@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moa
+from moa.adapters.low_rank import FEW_TOKENS
 from moa.adapters.prompt_attention import KeptPrompt, Prompt, add_prompt, prompt_alone
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -72,6 +73,33 @@ def test_every_way_is_the_formula(shape: tuple[int, int, int, int], copies: int)
         kept = KeptPrompt.of(prompt, 0.4)
         found = kept.add_to(output.float(), query.float(), None if weights is None else weights.float())
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, 1])
+def test_an_output_that_is_not_contiguous_is_not_lost(weights: int | None) -> None:
+    """Attention functions of others may put out any layout."""
+    output, query, *prompt = arguments((2, 3, 4, 2), grad=False)
+    gates = None if weights is None else draw(2, 3, 1, seed=6, grad=False)
+    expected = by_hand(output, query, Prompt(*prompt), 0.4, gates)
+    turned = output.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    with torch.no_grad():
+        found = add_prompt(turned.clone(), query, Prompt(*prompt), 0.4, gates)
+        few = KeptPrompt.of(Prompt(*prompt), 0.4).add_to(turned.clone(), query, gates)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(few, expected)
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_the_gradient_of_queries_lies_in_memory_as_queries_do(copies: int) -> None:
+    output, query, *prompt = arguments((2, 3, 4, 2))
+    query = draw(2, 3, 4, 6, seed=2).transpose(1, 2)
+    weights = draw(2, 3, copies, seed=6) if copies else None
+    total = add_prompt(output, query, Prompt(*prompt), 0.4, weights)
+    (gradient,) = torch.autograd.grad(total.square().sum(), query)
+    assert gradient.stride() == query.stride()
+    plain = output + prompt_alone(query, Prompt(*prompt), 0.4, weights)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain.square().sum(), query)[0])
 
 
 def test_one_number_is_a_gate_too() -> None:
@@ -212,6 +240,27 @@ def test_changed_weights_act_at_once_while_a_cache_goes_on(
             module.kept.clear()
     torch.testing.assert_close(found, next_logits(model, cache), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, unchanged, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [5, FEW_TOKENS + 1])
+def test_a_new_text_sees_changes_that_nothing_counts(length: int) -> None:
+    """Averages of weights are swapped in past autograd, which then counts no change."""
+    model = adapted()
+    long = TOKENS[:1].repeat(1, 5)
+
+    def second_token() -> Tensor:
+        with torch.no_grad():
+            cache = model(long[:, :length]).past_key_values
+            return model(long[:, length : length + 1], past_key_values=cache).logits
+
+    before = second_token()
+    tokens = layer_of(model).mixture_prompt.moa_prompt["default"].weight
+    tokens.data.copy_(-2 * tokens.data)
+    found = second_token()
+    assert not torch.allclose(found, before, atol=1e-3)
+    with torch.no_grad():
+        expected = model(long[:, : length + 1], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_drops_what_decoding_kept() -> None:

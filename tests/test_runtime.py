@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from families import build_family
 from peft import PeftModel, get_peft_model
 from tiny import (
     adapter_tensors,
@@ -22,6 +23,7 @@ from tiny import (
 )
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import StaticCache
 
 import moa
 from moa.adapters.block import Mixture
@@ -381,6 +383,28 @@ def test_a_compiled_block_equals_the_eager_one(backend):
     assert found.keys() == gradient.keys()
     for name in gradient:
         torch.testing.assert_close(found[name], gradient[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [("llama", "soft-moa"), ("llama", "sparse-moa"), ("llama", "instance-moa"), ("llama", "molora")]
+    + [(family, "soft-moa") for family in ("gemma3_text", "olmo2", "phi3", "gpt_neox")],
+)
+def test_a_whole_model_decodes_in_one_graph(family, preset):
+    """What serves with static caches and CUDA graphs: nothing of a mixture may break the graph."""
+    torch.compiler.reset()
+    model = perturb(get_peft_model(build_family(family), moa.preset(preset))).eval()
+    ids = tokens(1, 6)
+
+    def decoded(function):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+            return function(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True).logits
+
+    expected = decoded(model)
+    found = decoded(torch.compile(model, fullgraph=True, backend="eager"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_block_sees_the_adapter_switched_off():

@@ -34,9 +34,17 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its arithmetic: offloading and ZeRO fetch weights in such hooks."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+def state_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Where each tensor lies and how often it was changed there, to be compared with an earlier state."""
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether calling one of them does more than its arithmetic: offloading and ZeRO fetch weights in such hooks."""
+    for module in modules:  # noqa: SIM110 - asked at every site of every token, and a generator is a call more
+        if module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
+            return True
+    return False
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -38,7 +38,8 @@ def _with_guests(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        guests: list[Any] = [child for child in _hosts.children(module).values() if hasattr(child, "after_attention")]
+        # asked of classes: a module that lacks an attribute takes its time to say so
+        guests: list[Any] = [c for c in _hosts.children(module).values() if hasattr(type(c), "after_attention")]
         for guest in guests:
             now = guest.context.forward
             if now is not None and now.bypassed:  # a guest is asking for its own keys and values

@@ -163,9 +163,10 @@ def columns_of(weights: Tensor, dtype: torch.dtype, few: bool) -> Sequence[Gate]
     """Gates (batch, tokens, outputs), one per output; as numbers where there is a single token on a CPU."""
     if not few:
         return weights.to(dtype).unsqueeze(-1).unbind(-2)
-    if weights.numel() == weights.shape[-1] and weights.device.type == "cpu":
-        return weights.flatten().tolist()  # type: ignore[no-any-return]
-    return weights.unsqueeze(-1).unbind(-2)
+    outputs = weights.shape[-1]
+    if weights.numel() == outputs and weights.device.type == "cpu":
+        return weights.view(-1).tolist()  # type: ignore[no-any-return]
+    return weights.view(-1, outputs, 1).unbind(1)
 
 
 def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -36,8 +36,10 @@ class Forward:
 
     Attributes:
         few: inference on so few tokens that the number of calls costs more than arithmetic. Not in training mode, where
-            reentrant checkpointing runs the forward without gradients first: both runs have to round alike.
-        gates: adapter -> one `Gate` per output of its router; an adapter without a router is missing.
+            reentrant checkpointing runs the forward without gradients first: both runs have to round alike. Not under
+            autocast, which would take the products out of float32.
+        gates: adapter -> one `Gate` per output of its router, (n, 1) if there are few tokens; an adapter without a
+            router is missing.
         tokens: (batch, tokens), True for text, or None if nothing is padded.
         starts: (batch, tokens), True where a new document begins; None: one document per row.
         notes: expert -> whatever it saw before its host ran and needs afterwards.
@@ -92,11 +94,16 @@ class Forward:
         return gate.to(like.dtype)
 
     def wide(self, x: Tensor) -> Tensor:
-        """``x`` in at least float32. Kept for the next expert that reads the same tensor."""
-        if x.dtype == torch.float32 or x.dtype == torch.float64:
-            return x
+        """``x`` in at least float32, (..., features)."""
+        return self.rows(x).view(x.shape)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` in at least float32, as (n, features). Kept for the next expert that reads the same tensor."""
         if self.wide_input is None or self.wide_input[0] is not x:
-            self.wide_input = (x, x.to(torch.float32))
+            rows = x.reshape(-1, x.shape[-1])
+            if x.dtype is not torch.float32 and x.dtype is not torch.float64:
+                rows = rows.to(torch.float32)
+            self.wide_input = (x, rows)
         return self.wide_input[1]
 
     def read(self, reader: Reader, x: Tensor, readers: Sequence[Reading], dtype: torch.dtype) -> list[Tensor]:
@@ -130,7 +137,8 @@ class BlockContext(threading.local):
     def open(self, hidden: Tensor, training: bool) -> Forward:
         """Start a forward on ``hidden`` (batch, tokens, features)."""
         inference = not training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self.forward = now = Forward(inference and hidden.shape[:-1].numel() <= FEW_TOKENS)
+        inference = inference and not torch.is_autocast_enabled(hidden.device.type)
+        self.forward = now = Forward(inference and hidden.numel() <= FEW_TOKENS * hidden.shape[-1])
         if self.names is not None:
             now.groups = self.names.groups(hidden, lambda tokens: Forward(inference and tokens <= FEW_TOKENS))
             for group in now.groups:

@@ -33,7 +33,12 @@ class Part(NamedTuple):
     stop: int
 
     def of(self, y: Tensor) -> Tensor:
-        """The columns, a view (..., groups, stop - start, width) of ``y`` (..., features)."""
+        """The columns, a view of ``y`` (..., features): (..., groups, stop - start, width), or (..., out) if there is
+        just one group.
+        """
+        if self.groups == 1:
+            width = y.shape[-1] // self.slots
+            return y.narrow(-1, self.start * width, (self.stop - self.start) * width)
         return y.unflatten(-1, (self.groups, self.slots, -1))[..., self.start : self.stop, :]
 
 
@@ -150,11 +155,11 @@ def changeable(y: Tensor) -> bool:
 
 def add_product(y: Tensor, inner: Tensor, matrix: Tensor, scaling: float, part: Part | None) -> None:
     """``y += scaling * inner matrix^T`` in place, ``inner`` (n, width), all of one dtype and without gradients."""
-    if part is None:
-        y.view(-1, y.shape[-1]).addmm_(inner, matrix.t(), alpha=scaling)
+    own = y.view(-1, y.shape[-1]) if part is None else part.of(y.view(-1, y.shape[-1]))
+    if own.dim() == 2:
+        own.addmm_(inner, matrix.t(), alpha=scaling)
     else:
-        columns = part.of(y)
-        columns.add_(torch.mm(inner, matrix.t()).view(columns.shape), alpha=scaling)
+        own.add_(torch.mm(inner, matrix.t()).view(own.shape), alpha=scaling)
 
 
 def widen(delta: Tensor, part: Part | None) -> Tensor:

@@ -21,6 +21,7 @@ from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
+from moa.adapters.members import mixtures_of
 from moa.adapters.mixed_batch import read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.sharding import refuse_sharded
@@ -48,7 +49,7 @@ class MoAModel(BaseTuner):
         self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+        mixtures = mixtures_of(model)
         if mixtures and mixtures[0].auxiliary.get(adapter_name):  # for whoever calls the model and not its PeftModel
             mixtures[0].keep(model.register_forward_hook(_follow_loss, with_kwargs=True))
 

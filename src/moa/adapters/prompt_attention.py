@@ -33,7 +33,8 @@ class Prompt(NamedTuple):
 
 
 def add_prompt(output: Tensor, query: Tensor, prompt: Prompt, scaling: float, weights: Tensor | None) -> Tensor:
-    """The text's attention ``output`` (batch, tokens, heads, value_width) with the prompt's added, a new tensor.
+    """The text's attention ``output`` (batch, tokens, heads, value_width) with the prompt's added: without gradients in
+    place, otherwise a new tensor, as attention's own backward looks at what it put out.
 
     Args:
         output: of the text's own attention.
@@ -44,7 +45,11 @@ def add_prompt(output: Tensor, query: Tensor, prompt: Prompt, scaling: float, we
     """
     if torch.compiler.is_compiling() or (weights is not None and weights.shape[-1] > 1):
         return output + prompt_alone(query, prompt, scaling, weights).to(output.dtype)
-    return _AddPrompt.apply(output, query, *prompt, scaling, weights)
+    if torch.is_grad_enabled():
+        return _AddPrompt.apply(output, query, *prompt, scaling, weights)
+    output = output.contiguous()
+    _add_in_place(output, query, prompt, scaling, weights)
+    return output
 
 
 def prompt_alone(query: Tensor, prompt: Prompt, scaling: float, weights: Tensor | None) -> Tensor:
@@ -78,6 +83,14 @@ def _shares(queries: Tensor, prompt: Prompt, gate: Tensor | None, scaling: float
     return shares, gated if gate is None else gated.mul_(gate)
 
 
+def _add_in_place(output: Tensor, query: Tensor, prompt: Prompt, scaling: float, weights: Tensor | None) -> None:
+    with torch.autocast(output.device.type, enabled=False):
+        prompt, queries, gate = _cast(query, *prompt, weights)
+        _, gated = _shares(queries, prompt, gate, scaling)
+        shares, value = gated.transpose(1, 2).to(output.dtype), per_head(prompt.value, len(queries)).to(output.dtype)
+        output.view(-1, *output.shape[-2:]).transpose(0, 1).baddbmm_(shares, value)
+
+
 class _AddPrompt(torch.autograd.Function):
     """See `add_prompt`."""
 
@@ -94,51 +107,52 @@ class _AddPrompt(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling = scaling
         ctx.save_for_backward(query, key, value, head_gate, weights)
-        with torch.autocast(output.device.type, enabled=False):
-            prompt, queries, gate = _cast(query, key, value, head_gate, weights)
-            _, gated = _shares(queries, prompt, gate, scaling)
-            total = output.clone(memory_format=torch.contiguous_format)
-            by_head = total.view(-1, *total.shape[-2:]).transpose(0, 1)
-            by_head.baddbmm_(
-                gated.transpose(1, 2).to(total.dtype), per_head(prompt.value, len(queries)).to(total.dtype)
-            )
+        total = output.clone(memory_format=torch.contiguous_format)
+        _add_in_place(total, query, Prompt(key, value, head_gate), scaling, weights)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """With shares ``p``, gates ``c = head_gate * g`` and ``dw = grad V^T``: ``d p = c * dw``, and of the softmax
-        ``d s = p * (d p - sum(p * d p))``. As ``c`` is the same for all of a query's prompt tokens, this is
-        ``gated * (dw - sum(dw * p))``.
-        """
-        query, key, value, head_gate, weights = ctx.saved_tensors
-        prompt, queries, gate = _cast(query, key, value, head_gate, weights)
-        shares, gated = _shares(queries, prompt, gate, ctx.scaling)
-        heads, kv_heads = len(queries), len(key)
-        ours = grad.reshape(-1, *grad.shape[-2:]).transpose(0, 1).to(queries.dtype)  # (heads, n, value_width)
-        grad_gated = torch.bmm(per_head(prompt.value, heads), ours.transpose(1, 2))
-        grad_value = torch.bmm(gated, ours)
-        mean = (grad_gated * shares).sum(1, keepdim=True)  # (heads, 1, n), also d / d (head_gate * g)
-        per_token = mean.squeeze(1)
-        grad_head_gate = per_token.sum(-1) if gate is None else torch.mv(per_token, gate)
-        grad_weights = None
-        if gate is not None:
-            grad_weights = torch.mv(per_token.t(), prompt.head_gate.to(per_token.dtype)).view_as(weights)
-        grad_scores = grad_gated.sub_(mean).mul_(gated).mul_(ctx.scaling)
-        grad_key = torch.bmm(grad_scores, queries)
-        batch, _, length, width = query.shape
-        grad_query = torch.bmm(grad_scores.transpose(1, 2), per_head(prompt.key, heads))
-        grad_query = grad_query.view(heads, batch, length, width).transpose(0, 1).to(query.dtype)
-        groups = [g.view(kv_heads, heads // kv_heads, *g.shape[1:]).sum(1) for g in (grad_key, grad_value)]
-        return (
-            grad,
-            grad_query,
-            groups[0].to(key.dtype),
-            groups[1].to(value.dtype),
-            grad_head_gate.to(head_gate.dtype),
-            None,
-            None if grad_weights is None else grad_weights.to(weights.dtype),
-        )
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Any:
+    """With shares ``p``, gates ``c = head_gate * g`` and ``dw = grad V^T``: ``d p = c * dw``, and of the softmax
+    ``d s = p * (d p - sum(p * d p))``. As ``c`` is the same for all of a query's prompt tokens, this is
+    ``gated * (dw - sum(dw * p))``.
+    """
+    query, key, value, head_gate, weights = ctx.saved_tensors
+    prompt, queries, gate = _cast(query, key, value, head_gate, weights)
+    shares, gated = _shares(queries, prompt, gate, ctx.scaling)
+    heads, kv_heads = len(queries), len(key)
+    ours = grad.reshape(-1, *grad.shape[-2:]).transpose(0, 1).to(queries.dtype)  # (heads, n, value_width)
+    grad_gated = torch.bmm(per_head(prompt.value, heads), ours.transpose(1, 2))
+    grad_value = torch.bmm(gated, ours)
+    mean = (grad_gated * shares).sum(1, keepdim=True)  # (heads, 1, n), also d / d (head_gate * g)
+    per_token = mean.squeeze(1)
+    grad_head_gate = per_token.sum(-1) if gate is None else torch.mv(per_token, gate)
+    grad_weights = None
+    if gate is not None:
+        grad_weights = torch.mv(per_token.t(), prompt.head_gate.to(per_token.dtype)).view_as(weights)
+    grad_scores = grad_gated.sub_(mean).mul_(gated).mul_(ctx.scaling)
+    grad_key = torch.bmm(grad_scores, queries)
+    # (batch, tokens, heads, width) in memory, as projections put queries out: whatever comes next is slow otherwise
+    batch, _, length, width = query.shape
+    grad_query = query.new_empty(batch, length, heads, width)
+    by_head = grad_query.view(-1, heads, width).transpose(0, 1)
+    by_head.baddbmm_(grad_scores.transpose(1, 2), per_head(prompt.key, heads), beta=0)
+    groups = [g.view(kv_heads, heads // kv_heads, *g.shape[1:]).sum(1) for g in (grad_key, grad_value)]
+    return (
+        grad,
+        grad_query.transpose(1, 2),
+        groups[0].to(key.dtype),
+        groups[1].to(value.dtype),
+        grad_head_gate.to(head_gate.dtype),
+        None,
+        None if grad_weights is None else grad_weights.to(weights.dtype),
+    )
 
 
 def _cast(
@@ -163,20 +177,28 @@ class KeptPrompt(NamedTuple):
 
     @classmethod
     def of(cls, prompt: Prompt, scaling: float) -> KeptPrompt:
-        """In float32, whose narrow products are the fast ones on CPUs."""
-        heads = len(prompt.head_gate)
-        key = per_head(prompt.key.float() * scaling, heads).transpose(1, 2).contiguous()
-        return cls(key, per_head(prompt.value.float(), heads) * prompt.head_gate.float().view(-1, 1, 1))
+        """In float32 at least, whose narrow products are the fast ones on CPUs."""
+        heads, dtype = len(prompt.head_gate), torch.promote_types(prompt.key.dtype, torch.float32)
+        key = per_head(prompt.key.to(dtype) * scaling, heads).transpose(1, 2).contiguous()
+        return cls(key, per_head(prompt.value.to(dtype), heads) * prompt.head_gate.to(dtype).view(-1, 1, 1))
 
     def add_to(self, output: Tensor, query: Tensor, weights: float | Tensor | None) -> Tensor:
-        """As `add_prompt`, in place of ``output``, for one weight per token."""
-        batch, heads, length, width = query.shape
-        one = batch * length == 1  # decoding one row: nothing has to change places
-        queries = query.reshape(heads, 1, width) if one else query.transpose(0, 1).reshape(heads, -1, width)
-        if queries.dtype is not self.key.dtype:
-            queries = queries.to(self.key.dtype)
-        added = torch.bmm(torch.softmax(torch.bmm(queries, self.key), dim=-1), self.value)
-        added = added.view(output.shape) if one else added.view(heads, batch, length, -1).permute(1, 2, 0, 3)
+        """As `add_prompt` without gradients, for one weight per token."""
+        output = output.contiguous()
+        heads, width, dtype = query.shape[1], query.shape[3], self.key.dtype
+        if query.shape[0] * query.shape[2] == 1:  # decoding one row: nothing has to change places
+            queries, place = query.reshape(heads, 1, width), output.view(heads, 1, -1)
+        else:
+            queries = query.transpose(0, 1).reshape(heads, -1, width)
+            place = output.view(-1, heads, output.shape[-1]).transpose(0, 1)
+        shares = torch.softmax(torch.bmm(queries if queries.dtype is dtype else queries.to(dtype), self.key), dim=-1)
+        alpha = 1.0
         if isinstance(weights, Tensor):
-            return output.add_(added * weights.unsqueeze(-1))
-        return output.add_(added, alpha=1.0 if weights is None else weights)
+            shares = shares * weights.view(-1, 1)
+        elif weights is not None:
+            alpha = weights
+        if place.dtype is dtype:
+            place.baddbmm_(shares, self.value, alpha=alpha)
+        else:
+            place.add_(torch.bmm(shares, self.value), alpha=alpha)
+        return output

@@ -144,28 +144,26 @@ class RouterLayer(Attached):
         first = self._first(features, adapter)
         threshold = first.pop() if gating.learns_threshold else None
         logits = first[0] if len(first) == 1 else self._second(F.silu(first[0]) * first[1], adapter)
-        if gating.selects and logits.device.type == "cpu" and self.is_few:
-            return gating.of_few(logits, threshold)
+        now = self.context.forward
+        if now is not None and now.few:
+            logits = logits.view(*features.shape[:-1], -1)
+            threshold = None if threshold is None else threshold.view(*features.shape[:-1], 1)
+            if gating.selects and logits.device.type == "cpu":
+                return gating.of_few(logits, threshold)
         gates = gating(logits, threshold)
         if self.training and gating.has_auxiliary_loss:
             gates = add_auxiliary_loss(gates, logits, tokens, gating)
         return gates
 
-    @property
-    def is_few(self) -> bool:
-        now = self.context.forward
-        return now is not None and now.few
-
     def _first(self, features: Tensor, adapter: str) -> list[Tensor]:
-        """Outputs of the `input_layers` (..., out), in the dtype of their weights or, of few tokens, float32."""
+        """Outputs of the `input_layers` (..., out), in the dtype of their weights; of few tokens (n, out), float32."""
         layers, now = self.input_layers(adapter), self.context.forward
-        for layer in layers:
-            if _hosts.is_watched(layer):
-                features = features.to(layers[0].weight.dtype)
-                return [layer(features) for layer in layers]
+        if _hosts.is_watched(*layers):
+            features = features.to(layers[0].weight.dtype)
+            return [layer(features) for layer in layers]
         if now is not None and now.few:
-            wide = now.wide(features)
-            return [_linear(layer, wide) for layer in layers]
+            rows = now.rows(features)
+            return [_linear(layer, rows) for layer in layers]
         low = self._read(features, adapter, [layer.weight for layer in layers])
         dtype = layers[0].weight.dtype
         return [x.to(dtype) if b.bias is None else x.to(dtype) + b.bias for x, b in zip(low, layers, strict=True)]

@@ -52,6 +52,8 @@ class Attached(nn.Module, TunerLayer):
         active = self._active_adapter
         if isinstance(active, str):
             return (active,) if active in container else ()
+        if len(active) == 1:
+            return active if active[0] in container else ()
         return [adapter for adapter in active if adapter in container]
 
     def finish_adapter(self, adapter: str, inference_mode: bool) -> None:

@@ -234,7 +234,7 @@ class ExpertLayer(Attached):
     def own_part(self, y: Tensor) -> Tensor:
         """The host's output (..., features) -> what of it is this expert's, (..., out)."""
         part = self.place.part
-        return y if part is None else part.of(y).flatten(-3)
+        return y if part is None else part.of(y).reshape(*y.shape[:-1], -1)
 
     def enabled(self, container: Any = None) -> Sequence[str]:
         """Names of the adapters that take part in a forward now and have this expert."""

@@ -60,40 +60,48 @@ class Factors(NamedTuple):
 
 
 class Quick:
-    """One bottleneck of one copy, for a few tokens: three products and sums, and hardly any Python.
+    """One bottleneck of one copy, for a few tokens: two products, and hardly any Python.
 
-    It holds the modules' own dictionaries of parameters and none of their tensors: weights are those of the moment.
+    What it keeps are views of the weights, in the layout that products want: whatever changes a weight in place shows
+    in them. Weights that were put elsewhere no longer `fit`.
     """
 
     def __init__(self, factors: Factors, output: int | None, part: Part | None):
         self.modules = (factors.first, factors.second)
         self.first, self.second = (_hosts.parameters(module) for module in self.modules)
+        self.down, self.up = (own["weight"].detach().t() for own in (self.first, self.second))  # type: ignore[union-attr]
         self.activation = getattr(factors.activation, "forward", factors.activation)
         self.output = output
         self.part = part
 
     def fits(self, x: Tensor) -> bool:
-        """Whether weights have the dtype that is computed in, and lie where their modules say."""
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        if self.first["weight"].dtype is not dtype:  # type: ignore[union-attr]
-            return False
-        return not (_hosts.is_watched(self.modules[0]) or _hosts.is_watched(self.modules[1]))
+        """Whether weights have the dtype that is computed in, and their modules would use them and do nothing more."""
+        return (
+            self.down.dtype is self.up.dtype is (torch.float64 if x.dtype is torch.float64 else torch.float32)
+            and self.down.data_ptr() == self.first["weight"].data_ptr()  # type: ignore[union-attr]
+            and self.up.data_ptr() == self.second["weight"].data_ptr()  # type: ignore[union-attr]
+            and not _hosts.is_watched(*self.modules)
+        )
 
     def add_to(self, y: Tensor, x: Tensor, now: Forward, adapter: str, scaling: float) -> Tensor:
         """``y += gate * scaling * (U act(D x + b) + c)`` in place."""
-        wide = x if x.dtype is torch.float32 else now.wide(x)
-        inner = F.linear(wide, self.first["weight"], self.first.get("bias"))  # type: ignore[arg-type]
+        rows, bias = now.rows(x), self.first.get("bias")
+        inner = torch.mm(rows, self.down) if bias is None else torch.addmm(bias, rows, self.down)
         if self.activation is not None:
             inner = self.activation(inner)
-        bias = self.second.get("bias")
-        delta = F.linear(inner, self.second["weight"], bias if bias is None else bias[0])  # type: ignore[arg-type]
-        gate = now.gate(adapter, self.output, wide)
-        if isinstance(gate, Tensor):
-            delta = delta * gate
-        elif gate is not None:
+        gate, bias = now.gate(adapter, self.output, inner), self.second.get("bias")
+        if isinstance(gate, float):
             scaling *= gate
-        own = y if self.part is None else self.part.of(y)
-        own.add_(delta if delta.shape == own.shape else delta.view(own.shape), alpha=scaling)
+        elif gate is not None and bias is None:
+            inner = inner * gate
+        place = y if self.part is None else self.part.of(y)
+        if bias is None and y.dtype is rows.dtype and y.is_contiguous() and place.dim() == y.dim():
+            place.view(rows.shape[0], -1).addmm_(inner, self.up, alpha=scaling)
+            return y
+        delta = torch.mm(inner, self.up) if bias is None else torch.addmm(bias, inner, self.up)
+        if isinstance(gate, Tensor) and bias is not None:
+            delta = delta * gate
+        place.add_(delta.view(place.shape), alpha=scaling)
         return y
 
 
@@ -102,14 +110,14 @@ class BottleneckLayer(ExpertLayer):
 
     Attributes:
         readers: experts (and the router) that are likely to read the same input as this one, itself among them.
-        quick: adapter -> how it is computed for few tokens, None if it cannot be computed so.
+        quick: adapter -> the `Quick` that last served few tokens.
     """
 
     readers: Sequence[BottleneckLayer] = ()
     scaling: Mapping[str, float] = {}
 
     def hook(self) -> None:
-        self.quick: dict[str, Quick | None] = {}
+        self.quick: dict[str, Quick] = {}
         super().hook()
 
     def factors(self, adapter: str) -> Factors:
@@ -146,7 +154,7 @@ class BottleneckLayer(ExpertLayer):
         if now.few and (quick := self._quick(adapter, x)) is not None:
             return quick.add_to(y, x, now, adapter, self.scaling.get(adapter, 1.0))
         factors = self.factors(adapter)
-        if torch.compiler.is_compiling() or _hosts.is_watched(factors.first) or _hosts.is_watched(factors.second):
+        if torch.compiler.is_compiling() or _hosts.is_watched(factors.first, factors.second):
             return super().apply_to(now, adapter, x, y)
         if now.few:
             return self._few_tokens(now, adapter, factors, x, y)
@@ -186,13 +194,15 @@ class BottleneckLayer(ExpertLayer):
 
     def _quick(self, adapter: str, x: Tensor) -> Quick | None:
         """The shortest way for few tokens, if this expert and its input allow it."""
-        if adapter not in self.quick:
-            factors = self.factors(adapter)
-            bias = _hosts.parameters(factors.second).get("bias")
-            plain = self.number_of_copies(adapter) == 1 and (bias is None or len(bias) == 1)
-            self.quick[adapter] = Quick(factors, self.output[adapter], self.place.part) if plain else None
-        quick = self.quick[adapter]
-        return quick if quick is not None and quick.fits(x) else None
+        quick = self.quick.get(adapter)
+        if quick is None or not quick.fits(x):
+            if self.number_of_copies(adapter) > 1:
+                return None
+            quick = Quick(self.factors(adapter), self.output[adapter], self.place.part)
+            if not quick.fits(x):
+                return None
+            self.quick[adapter] = quick
+        return quick
 
     def add_adapter(self, adapter: str, *args: Any, **kwargs: Any) -> None:
         self.quick.pop(adapter, None)

@@ -71,7 +71,7 @@ class Kept(NamedTuple):
     state: list[tuple[int, int]]
 
     def is_current(self, tokens: Tensor) -> bool:
-        return self.sources[0] is tokens and self.state == _state_of(self.sources)
+        return self.sources[0] is tokens and self.state == _hosts.state_of(self.sources)
 
 
 class PromptLayer(ExpertLayer):
@@ -79,7 +79,8 @@ class PromptLayer(ExpertLayer):
 
     Attributes:
         kept: adapter -> its keys and values, for the tokens that follow a prefill. Made anew by every forward that
-            starts a text, dropped by every forward with gradients, and left alone only while no weight has changed.
+            starts a text, dropped by every forward of many tokens or with gradients, and left alone only while no
+            weight has changed.
     """
 
     config = PromptExpert
@@ -152,7 +153,7 @@ class PromptLayer(ExpertLayer):
             sources = [*self.moa_prompt[adapter].parameters()]
             sources += [p for name, p in self.host.named_parameters() if ".moa_" not in f".{name}"]
             prompt = KeptPrompt.of(self._prompt(now, adapter), scaling)
-            kept = self.kept[adapter] = Kept(prompt, sources, _state_of(sources))
+            kept = self.kept[adapter] = Kept(prompt, sources, _hosts.state_of(sources))
         return kept.prompt
 
     def _starts_text(self, arguments: dict[str, Any], query: Tensor) -> bool:
@@ -167,8 +168,7 @@ class PromptLayer(ExpertLayer):
 
     def _prompt(self, now: Forward, adapter: str) -> Prompt:
         """Run the attention module on the prompt and catch what arrives at the attention interface."""
-        if torch.is_grad_enabled():
-            self.kept.pop(adapter, None)
+        self.kept.pop(adapter, None)
         tokens, head_gate = self.moa_prompt[adapter]()
         arguments = now.notes[id(self)]
         probe: dict[str, Any] = {
@@ -190,11 +190,6 @@ class PromptLayer(ExpertLayer):
     def detach(self) -> None:
         super().detach()
         attention_interface.uninstall(self.host)
-
-
-def _state_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """Where each tensor lies and how often it was changed there."""
-    return [(t.data_ptr(), _hosts.version(t)) for t in tensors]
 
 
 def _no_rotation(embeddings: Any, length: int) -> Any:
