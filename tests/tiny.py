@@ -70,6 +70,7 @@ def tiny_config(**fields: Any) -> moa.MoAConfig:
             moa.PromptExpert(length=3),
             moa.ParallelExpert(size=4),
         ],
+        "router": moa.Router(hidden_per_expert=4, input="block", initial_logit=0.0),
         "gating": moa.Threshold(),
     }
     return moa.MoAConfig(**{**settings, **fields})
