@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # glibc gives freed blocks back to the system and faults them in again at the next step; on virtual machines that costs
 # more than arithmetic and hides what is measured. Both sides of every ratio run under the same settings.
@@ -82,6 +83,24 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     total = sum(kept.values())
     del output
     return total
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(step: Callable[[], Any]) -> int:
+    """How many of torch's operations ``step`` calls, the same at every run; views and casts count."""
+    step()
+    with _Counter() as counter:
+        step()
+    return counter.calls
 
 
 def cpu_model() -> str:

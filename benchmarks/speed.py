@@ -6,7 +6,8 @@
     python benchmarks/speed.py --quantised nf4 int8                   # bases of bitsandbytes, where it is installed
 
 Random weights in SmolLM2-135M's shape with six blocks, one thread. All variants share one set of base weights and are
-measured in turns in one process; what counts are the ratios within rounds. Results go to benchmarks/results/speed.json.
+measured in turns in one process; what counts are the ratios within rounds. Calls of torch's operations, which decoding
+is made of, are counted and not timed. Results go to benchmarks/results/speed.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleave, keep_freed_memory, machine, ratio, saved_bytes
+from measure import interleave, keep_freed_memory, machine, operations, ratio, saved_bytes
 from peers import naive_copies
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, StaticCache
@@ -47,7 +48,7 @@ SHAPE = {
 }
 FAMILIES = ("llama", "gemma3_text", "olmo2", "phi3")
 DTYPES = ("float32", "bfloat16")
-WORK = ("train", "saved", "decode1", "decode8", "prefill", "compiled1")
+WORK = ("train", "saved", "decode1", "decode8", "calls1", "calls8", "prefill", "compiled1")
 LORA = "PEFT LoRA r=8"
 QUANTISED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -161,6 +162,13 @@ def steps_of(work: str, models: dict[str, Any]) -> dict[str, Callable[[], None]]
 
 def measure(work: str, models: dict[str, Any], rounds: int) -> Iterator[dict[str, Any]]:
     """One row per variant: the ratio to PEFT's LoRA for training, to the base for inference."""
+    if work.startswith("calls"):
+        steps = steps_of(work.replace("calls", "decode"), models)
+        calls = {name: operations(step) for name, step in steps.items()}
+        for name, number in calls.items():
+            ratio_of_calls = {"median": round(number / calls["base"], 4)}
+            yield {"variant": name, "reference": "base", "calls": number, "ratio": ratio_of_calls}
+        return
     if work == "saved":
         ids = torch.zeros(4, 128, dtype=torch.long)
         kept = {
