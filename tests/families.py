@@ -289,7 +289,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "xlstm", "rwkv"), ("found no decoder block with attention", {})),
     **dict.fromkeys(("bart", "marian", "pegasus", "whisper"), ("encoder-decoder", {})),
     "hrm_text": ("cannot tell which of", {}),
-    "deepseek_v4": ("several residual streams", {}),
     "longcat_flash": ("not sure which module of block 0 of longcat_flash is 'q'", LONGCAT),
 }
 """Families that cannot be adapted: words of the message, and settings of their configuration."""

@@ -40,7 +40,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     inspection_page(found["pair"], [mixture, inspected(tiny_moa(tiny_config(gating=moa.Soft())))])
     plans = a_front()
     spans_page(found["spans"], plans[1], plans, 8192)
-    results = json.loads((STUDIES / "embedded.json").read_text(encoding="utf-8"))
+    results = json.loads((STUDIES / "smollm2.json").read_text(encoding="utf-8"))
     results |= {"claims": results["claims"][:2], "rows": results["rows"][:8]}
     study_page(results, found["study"])
     study_page(results | {"claims": [], "missing_cells": 3, "at_chance": ["a", "b"]}, found["unfinished"])

@@ -203,6 +203,14 @@ def test_compressed_projections_learn_without_a_router(family: str, tokens: Tens
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def test_a_router_on_several_residual_streams_is_refused_by_name() -> None:
+    model = build_decoder("deepseek_v4", {})
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="deepseek_v4 read several residual streams"):
+        get_peft_model(model, moa.preset("paper-soft-moa"))
+    assert [name for name, _ in model.named_modules()] == names
+
+
 @pytest.mark.parametrize("family", known(REFUSED))
 def test_is_refused_by_name_and_reason_before_it_is_touched(family: str) -> None:
     words, settings = REFUSED[family]

@@ -294,7 +294,7 @@ def test_hooks_that_come_in_the_middle_of_a_generation_run() -> None:
     hosts = {
         "host": block.self_attn.q_proj,
         "expert": block.self_attn.q_proj.mixture_q.moa_A["default"],
-        "router": block.mixture.moa_w1["default"],
+        "router": block.mixture.moa_w2["default"],
         "parallel": block.mlp.mixture_parallel.moa_down["default"],
     }
     with torch.no_grad():

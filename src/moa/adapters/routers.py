@@ -39,7 +39,7 @@ class Router:
             input (paper, official native path), which grows by orders of magnitude from a pretrained model's first
             block to its last.
         initial_logit: added to every output's bias at the start; with sigmoid gates, 0 lets experts start at about half
-            their strength (paper), 2 at 0.88.
+            their strength (paper), 2 at 0.88. None: 2, or 0 without biases.
 
     The defaults are those that a pretrained model learned best with, see ``docs/results.md``; `PAPER_ROUTER` has the
     paper's.
@@ -49,18 +49,17 @@ class Router:
     bias: bool = True
     level: str = "token"
     input: str = "attention"
-    initial_logit: float = 2.0
+    initial_logit: float | None = None
 
     def __post_init__(self) -> None:
         check_range("router: hidden_per_expert", self.hidden_per_expert, low=0, whole=True)
         check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
         check_choice("router: input", self.input, ["block", "attention"])
+        if self.initial_logit is None:
+            self.initial_logit = 2.0 if self.bias else 0.0
         check_range("router: initial_logit", self.initial_logit, low=-10, high=10)
         if self.initial_logit and not self.bias:
-            raise ValueError(
-                f"router: initial_logit={self.initial_logit} needs bias=True, it is where the bias starts: "
-                "give initial_logit=0 to do without"
-            )
+            raise ValueError(f"router: initial_logit={self.initial_logit} needs bias=True, it is where the bias starts")
 
 
 PAPER_ROUTER: dict[str, Any] = {"hidden_per_expert": 4, "input": "block", "initial_logit": 0.0}
