@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,26 @@ from typer.testing import CliRunner
 from moa.adapters.presets import PRESETS
 from moa.assets import base_path
 from moa.cli import app
+from moa.data import load_rows
+from moa.evaluation.likelihood import chosen
+from moa.evaluation.results import PACKAGES, write
+from moa.evaluation.retrieval import text_losses
 from moa.studies import cells as grid
 from moa.studies.budget import fit
-from moa.studies.cells import TEST, Cell, Store
-from moa.studies.conduct import Plan, plan, seconds_for
+from moa.studies.cells import TEST, Cell, check_versions
+from moa.studies.conduct import conduct, job_of, seconds_for
 from moa.studies.data import load
+from moa.studies.engine import Engine
 from moa.studies.methods import Method
-from moa.studies.report import write_report
-from moa.studies.results import gather, markdown, write_results
+from moa.studies.plan import Plan, plan
+from moa.studies.report import markdown, write_report, write_results
+from moa.studies.results import gather
 from moa.studies.runner import run
 from moa.studies.study import Study, StudyData
+from moa.studies.verdicts import has
 from moa.training.adapter import adapter_config
+from moa.training.base import load_base
+from moa.versions import versions
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "studies"
 OUTSIDE = ["peft:lora", "peft:dora", "peft:lily"]
@@ -83,7 +93,7 @@ def test_a_study_survives_being_written_and_read(tree):
     assert study.methods["lora"].preset == "lora"
 
 
-@pytest.mark.parametrize("name", ["embedded", "quick", "real"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.yaml")))
 def test_committed_studies_are_valid(name):
     study = Study.load(BENCHMARKS / f"{name}.yaml")
     assert study.claims
@@ -215,14 +225,25 @@ def test_a_study_names_all_methods_that_miss(tree):
 
 
 def test_rows_are_held_out_and_test_rows_are_not_learned(tree, tmp_path):
-    rows = load(StudyData(**tree["data"]))
-    assert (len(rows.train), len(rows.validation), len(rows.sets[0].rows)) == (32, 8, 12)
-    texts = [row["instruction"] for row in (*rows.train, *rows.validation)]
+    rows = load(StudyData(**tree["data"]), tree["base"])
+    assert (len(rows.stages[0]), len(rows.validation), len(rows.sets[0].rows)) == (32, 8, 12)
+    texts = [row["instruction"] for row in (*rows.stages[0], *rows.validation)]
     assert len(set(texts)) == 40
     with pytest.raises(ValueError, match=r"12 of the 12 test rows of .asked. are in data\.train"):
-        load(StudyData(**tree["data"] | {"train": [*tree["data"]["train"], *tree["data"]["test"]]}))
+        load(StudyData(**tree["data"] | {"train": [*tree["data"]["train"], *tree["data"]["test"]]}), tree["base"])
     with pytest.raises(ValueError, match="leaves nothing to learn"):
-        load(StudyData(**tree["data"] | {"validation_rows": 40}))
+        load(StudyData(**tree["data"] | {"validation_rows": 40}), tree["base"])
+
+
+def test_rows_reach_training_as_they_were_read(tree, tmp_path):
+    """Also those with a prompt of their own."""
+    rows = [{"prompt": f"{n}\n->", "completion": f" {n}.\n"} for n in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (str(tmp_path / "prompts.jsonl"), tree["data"]["train"][0], "long:lines@80"):
+        data = StudyData(**tree["data"] | {"train": [source], "train_rows": 12})
+        rows = load(data, tree["base"])
+        (file,) = rows.training_files(tmp_path / "rows")
+        assert load_rows(str(file), split="train") == rows.stages[0]
 
 
 # Cells
@@ -235,7 +256,7 @@ def planned(tree) -> Plan:
 
 def test_the_same_seed_gives_the_same_cell(planned):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
-    first, second = ({**run(planned.job(cell))} for _ in range(2))
+    first, second = ({**run(job_of(planned, cell))} for _ in range(2))
     for timing in ("seconds", "cpu_seconds", "step_seconds", "peak_memory_mib"):
         assert first.pop(timing)
         assert second.pop(timing)
@@ -248,44 +269,41 @@ def test_the_same_seed_gives_the_same_cell(planned):
     assert set(block["gate"]) == {"q", "k", "v", "prompt", "o", "down", "parallel"}
     assert all(share == 1.0 for share in block["active"].values())
     assert block["dead"] == []
-    other = run(planned.job(Cell(TEST, "soft-moa", 8000, 1, 0.01)))
+    other = run(job_of(planned, Cell(TEST, "soft-moa", 8000, 1, 0.01)))
     assert other["sets"] != first["sets"]
-    assert not Path(planned.job(cell).recipe.output).exists()
+    assert not Path(job_of(planned, cell).recipes[0].output).exists()
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_methods_of_peft_run_the_same_way(tree, name):
     tree |= {"methods": {"yardstick": {"preset": name}}, "claims": [], "tolerance": 0.1, "budgets": [9000]}
     planned = plan(Study.from_tree(tree))
-    result = run(planned.job(Cell(TEST, "yardstick", 9000, 0, 0.01)))
+    result = run(job_of(planned, Cell(TEST, "yardstick", 9000, 0, 0.01)))
     assert result["routing"] == []
     assert np.isfinite(result["sets"]["asked"]["answer_loss"]).all()
     assert result["step_seconds"] > 0
 
 
 def test_a_run_that_diverges_is_a_result(planned):
-    result = run(
-        planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).__class__(
-            **{**planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).__dict__, "recipe": _hopeless(planned)}
-        )
-    )
+    job = job_of(planned, Cell(TEST, "lora", 8000, 0, 1.0))
+    for expert in job.recipes[0].adapter["experts"]:
+        expert["alpha"] = 1e30
+    result = run(job)
     assert "step" in result["diverged"]
     assert sum(result["sets"]["asked"]["accuracy"]) == 0
     assert "answer_loss" not in result["sets"]["asked"]
 
 
-def _hopeless(planned: Plan) -> Any:
-    recipe = planned.job(Cell(TEST, "lora", 8000, 0, 1.0)).recipe
-    for expert in recipe.adapter["experts"]:
-        expert["alpha"] = 1e30
-    return recipe
+def keep(planned: Plan, cell: Cell, result: dict[str, Any]) -> None:
+    """A cell's file, as a worker writes it."""
+    write(planned.store.path(cell), {"configuration": planned.configuration(cell)} | result)
 
 
 def test_only_a_cell_of_the_same_configuration_counts(planned, tree):
     cell = Cell(TEST, "lora", 8000, 0, 0.01)
-    store = Store(planned.folder / "cells")
+    store = planned.store
     assert planned.finished([cell]) == {}
-    store.write(cell, planned.configuration(cell), {"answer": 42})
+    keep(planned, cell, {"answer": 42})
     assert planned.finished([cell])[cell]["answer"] == 42
     for change in (
         {"steps": 4},
@@ -329,6 +347,128 @@ def test_time_left_is_the_mean_of_cells_alike():
     assert seconds_for([], {}, 1) == 0
 
 
+# Stages, running text, and what is not trained
+
+
+@pytest.fixture
+def staged(tree, tmp_path) -> dict[str, Any]:
+    """Sums are learned first, then words; asked are both, and the loss on running text."""
+    words = [{"instruction": f"Say {n}", "output": "word " * (n % 3 + 1), "answer": "word"} for n in range(30)]
+    for name, rows in (("words", words[:20]), ("words_asked", words[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "plain.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    data = tree["data"] | {
+        "then": [[str(tmp_path / "words.jsonl")]],
+        "test": [*tree["data"]["test"], str(tmp_path / "words_asked.jsonl"), f"text:{tmp_path}/plain.txt@32"],
+        "test_rows": 6,
+    }
+    methods = {"soft-moa": None, "base": {"preset": "none"}}
+    claims = [{"better": "soft-moa", "than": ["base"], "metric": "text_loss"}]
+    metrics = ["answer_loss", "text_loss"]
+    return tree | {"data": data, "methods": methods, "claims": claims, "metrics": metrics}
+
+
+def test_a_later_stage_goes_on_from_what_the_first_left(staged, tmp_path):
+    planned = plan(Study.from_tree(staged))
+    cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
+    assert [len(rows) for rows in planned.rows.stages] == [34, 18]
+    assert len(planned.rows.validation) == 8
+    both = run(job_of(planned, cell))
+    first = plan(Study.from_tree(staged | {"data": staged["data"] | {"then": []}}))
+    # Other validation rows would be another first stage.
+    alone = replace(job_of(planned, cell), recipes=job_of(planned, cell).recipes[:1])
+    assert first.configuration(cell) != planned.configuration(cell)
+    once = run(alone)
+    assert both["stages"] == [{"sets": once["sets"]}]
+    assert both["sets"] != once["sets"]
+    assert [state["step"] for state in both["routing"]] == [2, 3, 5, 6]
+    assert both["routing"][:2] == once["routing"]
+    afresh = run(replace(alone, recipes=job_of(planned, cell).recipes[1:]))
+    assert afresh["sets"] != both["sets"]
+
+
+def test_running_text_has_a_loss_for_every_window(staged, tmp_path):
+    planned = plan(Study.from_tree(staged))
+    result = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))
+    text = result["sets"]["plain-32"]
+    model, tokenizer = load_base(staged["base"], "float32")
+    losses = text_losses(model, tokenizer, planned.rows.texts[0])
+    assert text["text_loss"] == pytest.approx(losses, abs=1e-5)
+    assert (len(losses), text["family"], "answer_loss" in text) == (6, "text", False)
+    ids = torch.tensor([tokenizer(planned.rows.texts[0].text)["input_ids"][32:64]])
+    with torch.no_grad():
+        chances = model(ids).logits[0].log_softmax(-1)
+    assert losses[1] == pytest.approx(-chances[range(15, 31), ids[0, 16:]].mean().item(), rel=1e-5)
+
+
+def test_a_base_without_training_stands_beside_the_methods(staged, tmp_path):
+    planned = plan(Study.from_tree(staged))
+    assert not any(cell.method == "base" for cell in grid.tries(planned.study, planned.methods))
+    assert planned.fits["base", 8000].trained == 0
+    failures = conduct(planned, engine=Engine(), progress=lambda state: None)
+    assert failures == []
+    results = gather(planned)
+    assert results["missing_cells"] == 0
+    moa, base = results["rows"]
+    assert (moa["learning_rate"], base["learning_rate"]) == (moa["learning_rate"], 0.0)
+    assert moa["stages"][0]["asked"]["answer_loss"] != moa["sets"]["asked"]["answer_loss"]
+    assert base["stages"] == []
+    assert 0 <= moa["routing"]["entropy"] <= 1
+    page = write_report(results, tmp_path / "index.html").read_text()
+    assert "loss on running text, nats" in page
+    assert "soft-moa at 8,000 parameters, after stage 1" in page
+    assert results["claims"][0]["comparisons"][0]["seeds"] == 2
+
+
+def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra 'bench'")
+    rows = [{"instruction": f"Is {n} odd? true/false", "output": str(n % 2 == 1).lower()} for n in range(6)]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
+    study = Study.from_tree(
+        tree | {"data": data, "metrics": ["choice"], "methods": {"base": {"preset": "none"}}, "claims": []}
+    )
+    planned = plan(study)
+    sets = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
+    assert "choice" not in sets["asked"]
+    assert set(sets["odd"]["choice"]) <= {0, 1}
+    model, tokenizer = load_base(tree["base"], "float32")
+    right = chosen(model, tokenizer, planned.rows.sets[1].rows, template="short", kind="bool")
+    assert sets["odd"]["choice"] == [int(one) for one in right]
+    assert [has(sets[name], "choice") for name in ("asked", "odd")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["choice"]}, r"metrics names \['choice'\], but no set"),
+        ({"metrics": ["text_loss"]}, r"metrics names \['text_loss'\], but no set"),
+        ({"data": {"test": ["text:nowhere@32"]}}, "there is no text 'nowhere'"),
+        ({"data": {"test": ["text:manual"]}}, "must name a task or text and at least 2 tokens"),
+        ({"data": {"test": ["long:liens@128"]}}, "did you mean 'lines'"),
+        ({"data": {"train": ["text:manual@64"]}}, "can be measured on .data.test. but not learned"),
+    ],
+)
+def test_wrong_texts_are_refused_before_the_first_cell(tree, change, message):
+    tree |= change if "metrics" in change else {"data": tree["data"] | change["data"]}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        plan(Study.from_tree(tree))
+
+
+def test_cells_of_other_versions_are_not_mixed_in_silently(planned):
+    cells = [Cell(TEST, "lora", 8000, seed, 0.01) for seed in (0, 1)]
+    now = versions(*PACKAGES)
+    check_versions({cells[0]: {"versions": now}, cells[1]: {}})
+    with pytest.raises(
+        ValueError, match=r"1 of 2 finished cells .* torch 1\.0 \(now .*--any-version.*test-lora-8000-s1"
+    ):
+        check_versions({cells[0]: {"versions": now}, cells[1]: {"versions": now | {"torch": "1.0"}}})
+    for cell in grid.tries(planned.study, planned.methods):
+        keep(planned, cell, {"validation_loss": 1.0, "seconds": {}, "versions": now | {"peft": "0.1"}})
+    with pytest.raises(ValueError, match=r"peft 0\.1 \(now"):
+        conduct(planned, engine=Engine(), progress=lambda state: None)
+
+
 # Results and page
 
 
@@ -346,7 +486,7 @@ def fabricate(planned: Plan, advantage: float) -> None:
     rates = {key: 0.01 for key in planned.fits}
     for cell in grid.tries(planned.study, planned.methods):
         loss = abs(cell.learning_rate - 0.01)
-        planned.store.write(cell, planned.configuration(cell), {"validation_loss": loss})
+        keep(planned, cell, {"validation_loss": loss})
     for cell in grid.tests(planned.study, planned.methods, rates):
         share = 0.5 + advantage * (cell.method == "soft-moa")
         right = (random.random(12) < share).astype(int).tolist()
@@ -359,7 +499,7 @@ def fabricate(planned: Plan, advantage: float) -> None:
             "routing": routing_states(),
             "versions": {"moa": "0"},
         }
-        planned.store.write(cell, planned.configuration(cell), result)
+        keep(planned, cell, result)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +525,32 @@ def test_the_page_states_the_verdict_whichever_way_it_falls(tree, tmp_path, adva
     assert (routing["names"], routing["experts"], routing["blocks"][1]["dead"]) == (["q", "prompt"], 3, ["q"])
     write_results(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["claims"][0]["outcome"] == outcome
+
+
+@pytest.mark.parametrize("name", ["embedded", "real"])
+def test_committed_results_still_make_a_page(name, tmp_path):
+    results = json.loads((BENCHMARKS.parent / "results" / "studies" / f"{name}.json").read_text())
+    page = write_report(results, tmp_path / "index.html").read_text()
+    for claim in results["claims"]:
+        assert claim["verdict"].replace("'", "&#39;") in page
+    assert markdown(results).count("\n| ") == len(results["rows"]) + 1
+
+
+def test_a_run_that_diverged_has_no_windows(staged):
+    planned = plan(Study.from_tree(staged | {"tuning": {"learning_rates": [0.01]}}))
+    text = {"family": "text", "kind": "text", "chance": None}
+    asked = {"family": "other", "kind": "number", "chance": None, "rows": 2}
+    common = {"step_seconds": None, "peak_memory_mib": 1.0, "versions": {}, "routing": []}
+    for method, budget in planned.fits:
+        for seed in (0, 1):
+            lost = seed == 0 and method == "soft-moa"
+            measured = {} if lost else {"text_loss": [1.0, 2.0 + seed], "rows": 2}
+            sets = {"plain-32": {"rows": 6} | text | measured, "asked": asked | {"answer_loss": [1.0, 1.5]}}
+            rate = 0.01 if method == "soft-moa" else 0.0
+            keep(planned, Cell(TEST, method, budget, seed, rate), common | {"diverged": lost or None, "sets": sets})
+    results = gather(planned)
+    assert results["rows"][0]["metrics"]["text_loss"]["mean"] == pytest.approx(2.0)
+    assert results["claims"][0]["comparisons"][0]["seeds"] == 1
 
 
 def test_a_claim_may_name_the_metric_that_decides_it(tree):

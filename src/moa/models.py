@@ -124,6 +124,18 @@ def config_of(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source.place, **source.options)
 
 
+def tokenizer_of(name: str) -> Tokenizer:
+    """A base model's tokenizer, without its weights.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+        FileNotFoundError: as `find`.
+    """
+    source = find(name)
+    with _explained(name, source, "read the tokenizer of"):
+        return AutoTokenizer.from_pretrained(source.place, **source.options)
+
+
 def load(name: str, **options: Any) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model and its tokenizer, as they are on disk or hub.
 

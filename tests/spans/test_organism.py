@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import pairwise
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa.assets import base_path
-from moa.evaluation.retrieval import answers_right, long_prompts, perplexity, retrieval
+from moa.evaluation.accuracy import evaluate
+from moa.evaluation.retrieval import TextSet, long_rows, text_losses
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.baselines import far_influence, layer_only, two_class, uniform_window
-from moa.tasks.long_context import COPIED, CUE, LONG_TASKS, LongPrompt, generate
+from moa.tasks.long_context import COPIED, CUE, LONG_TASKS, generate
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,25 @@ def test_what_cannot_be_generated_is_named() -> None:
         generate("lines", 63, 1, words)
 
 
-def test_tokens_are_counted_as_the_model_sees_them(tokenizer: Any) -> None:
-    for task in LONG_TASKS:
-        for p in long_prompts(tokenizer, task, 512, 5):
-            assert 490 <= len(tokenizer(p.prompt + p.answer)["input_ids"]) <= 512
+def right(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[bool]:
+    """Which rows the model answers right."""
+    found = evaluate(model, tokenizer, rows, template="short", kind="begins", max_new_tokens=20, batch_size=10)
+    return [item.correct for item in found.items]
+
+
+@pytest.mark.parametrize("task", LONG_TASKS)
+def test_tokens_are_counted_as_the_model_sees_them(tokenizer: Any, task: str) -> None:
+    for row in long_rows(tokenizer, f"long:{task}@512", 5):
+        assert 490 <= len(tokenizer(row["prompt"] + row["output"])["input_ids"]) <= 512
+
+
+def test_facts_are_asked_one_to_a_text(tokenizer: Any) -> None:
+    rows = long_rows(tokenizer, "long:facts@1024", 3)
+    assert len({row["prompt"] for row in rows}) == 3
+    for row in rows:
+        start = row["prompt"].rpartition("\n")[2]
+        assert f"{start} {row['answer']}" in row["prompt"]
+        assert 500 <= len(tokenizer(row["prompt"] + row["output"])["input_ids"]) <= 1024
 
 
 def test_the_tokenizer_loses_nothing(tokenizer: Any) -> None:
@@ -93,39 +108,42 @@ def test_the_tokenizer_loses_nothing(tokenizer: Any) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize(("task", "least"), [("lines", 0.9), ("needle", 0.9), ("copying", 0.9)])
-def test_the_organism_retrieves(model: Any, tokenizer: Any, task: str, least: float) -> None:
-    assert retrieval(model, tokenizer, task, 256, 30, batch_size=10) >= least
+@pytest.mark.parametrize("task", LONG_TASKS)
+def test_the_organism_retrieves(model: Any, tokenizer: Any, task: str) -> None:
+    assert sum(right(model, tokenizer, long_rows(tokenizer, f"long:{task}@256", 30))) >= 27
 
 
 def test_a_wrong_answer_counts_as_wrong(model: Any, tokenizer: Any) -> None:
-    (prompt,) = long_prompts(tokenizer, "lines", 128, 1)
-    digits = prompt.answer.strip()
-    right, *wrong = (LongPrompt(prompt.prompt, a, 0.5) for a in (prompt.answer, " 0000", f" {digits[:3]}"))
-    assert digits != "0000"
-    assert answers_right(model, tokenizer, [right, *wrong]) == [True, False, False]
+    (row,) = long_rows(tokenizer, "long:lines@128", 1)
+    assert row["answer"] != "0000"
+    wrong = [row | {"answer": answer} for answer in ("0000", row["answer"][:3])]
+    assert right(model, tokenizer, [row, *wrong]) == [True, False, False]
 
 
 def test_retrieval_needs_more_than_a_window(model: Any, tokenizer: Any) -> None:
     """Facts before the smallest window are out of reach, those within it are not."""
     window = SpanPlan.uniform(model.config.num_hidden_layers, model.config.num_key_value_heads, beta=0.0)
-    prompts = [p for p in long_prompts(tokenizer, "lines", 512, 120) if 0.2 < p.depth < 0.7][:20]
+    rows = long_rows(tokenizer, "long:lines@512", 120)
+    places = [row["prompt"].index(f" {row['answer']}.") / len(row["prompt"]) for row in rows]
+    rows = [row for row, place in zip(rows, places, strict=True) if 0.2 < place < 0.7][:20]
     with apply_spans(model, window):
-        far = answers_right(model, tokenizer, prompts)
+        far = right(model, tokenizer, rows)
     assert sum(far) <= 2
-    assert sum(answers_right(model, tokenizer, prompts)) >= 18
+    assert sum(right(model, tokenizer, rows)) >= 18
 
 
-def test_perplexity_is_that_of_the_second_halves(model: Any, tokenizer: Any) -> None:
+def test_running_text_counts_the_second_halves(model: Any, tokenizer: Any) -> None:
     text = (base_path("embedded-long") / "held_out.txt").read_text()[:3000]
     ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
     with torch.no_grad():
         chances = [model(input_ids=row[None]).logits[0].log_softmax(-1) for row in ids.view(2, 128)]
-    picked = [c[i - 1, row[i]] for c, row in zip(chances, ids.view(2, 128), strict=True) for i in range(64, 128)]
-    expected = math.exp(-torch.stack(picked).mean())
-    assert perplexity(model, tokenizer, text, 128, windows=2) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="windows of 8192; 1 asked"):
-        perplexity(model, tokenizer, text, 8192)
+    wanted = [
+        -torch.stack([chance[i - 1, row[i]] for i in range(64, 128)]).mean().item()
+        for chance, row in zip(chances, ids.view(2, 128), strict=True)
+    ]
+    assert text_losses(model, tokenizer, TextSet("novels", text, 128, 2)) == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match="make no window of 8192"):
+        text_losses(model, tokenizer, TextSet("novels", text, 8192, 2))
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096])

@@ -21,7 +21,20 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="Run this method alone; may be repeated.", metavar="METHOD")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Cells at a time, each a process of one thread.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time, each a process of one thread. Default: 1; all processors of a cluster."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a cluster whose machines share the output folder.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, such as auto or HOST:6379.")] = None,
+    any_version: Annotated[
+        bool,
+        typer.Option("--any-version", help="Go on from cells that were made with other versions of torch and so on."),
+    ] = False,
 ) -> None:
     """Compare fine-tuning methods at equal trained parameters, and state a verdict with intervals.
 
@@ -34,22 +47,29 @@ def bench(
     from moa.studies.study import Study
 
     resolved = Study.load(study, flags(context.args))
+    from moa.choices import check_choice
     from moa.settings import save
-    from moa.studies.conduct import conduct, plan
+    from moa.studies.conduct import conduct
+    from moa.studies.engine import ENGINES, Engine
+    from moa.studies.plan import plan
     from moa.training.stops import TrainingStopped
 
     console = Console()
+    check_choice("engine", engine, ENGINES)
+    where = Engine(engine, workers, address)
     with console.status("sizing methods") as status:
         planned = plan(resolved, only or [], lambda name: status.update(f"sizing {name}"))
     if dry_run:
-        _show_plan(console, planned, workers)
+        _show_plan(console, planned, workers or 1)
         return
     save(resolved, planned.folder / "study.yaml")
     failures = []
     try:
         with _bar(console) as bar:
             line = bar.add_task("", total=None, left="")
-            failures = conduct(planned, workers=workers, progress=lambda state: _advance(bar, line, state))
+            failures = conduct(
+                planned, engine=where, any_version=any_version, progress=lambda state: _advance(bar, line, state)
+            )
     finally:
         _show_results(console, planned)
     if failures:
@@ -93,7 +113,7 @@ def _show_plan(console: Console, planned: Any, workers: int) -> None:
     for column in ("budget", "trained", "off", "sizes"):
         table.add_column(column, justify="left" if column == "sizes" else "right")
     for (name, budget), fitted in planned.fits.items():
-        off = f"{fitted.trained / budget - 1:+.2%}"
+        off = f"{fitted.trained / budget - 1:+.2%}" if fitted.trained else ""
         table.add_row(name, f"{budget:,}", f"{fitted.trained:,}", off, _sizes(fitted.sizes))
     console.print(table)
     tries = grid.tries(study, planned.methods)
@@ -128,17 +148,18 @@ def _sizes(sizes: dict[str, float]) -> str:
 
 
 def _show_results(console: Console, planned: Any) -> None:
-    from moa.studies.report import write_report
-    from moa.studies.results import COLUMNS, cells_of, gather, write_results
+    from moa.studies.report import table as table_of
+    from moa.studies.report import write_report, write_results
+    from moa.studies.results import gather
 
     results = gather(planned)
     write_results(results, planned.folder)
     page = write_report(results, planned.folder / "index.html")
-    shown = [place for place, name in enumerate(COLUMNS) if name not in ("parameters", "MiB")]
-    table = Table(*(Column(COLUMNS[place], justify="right" if place else "left") for place in shown), box=None)
-    for row in results["rows"]:
-        texts = cells_of(row)
-        table.add_row(*(texts[place].partition(" (")[0] if place else texts[place] for place in shown))
+    columns, lines = table_of(results["rows"])
+    shown = [place for place, name in enumerate(columns) if name not in ("parameters", "MiB")]
+    table = Table(*(Column(columns[place], justify="right" if place else "left") for place in shown), box=None)
+    for line in lines:
+        table.add_row(*(line[place].partition(" (")[0] if place else line[place] for place in shown))
     console.print(table)
     for claim in results["claims"]:
         console.print(f"[bold]{escape(claim['text'])}[/]\n  {escape(claim['verdict'])}", highlight=False)

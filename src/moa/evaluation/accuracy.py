@@ -11,7 +11,6 @@ other way; in float32 this was never seen.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from moa.data.templates import prompt_of
 from moa.data.tokens import prompt_text
 from moa.evaluation.answers import extract, is_correct, kind_of
 from moa.evaluation.generation import generate
+from moa.extras import extra
 
-Z95 = 1.959964
 # A model that did not stop goes on with a task of its own making, which is not its answer. "#### 42" is one, though.
 _HEADING = re.compile(r"(?<!#)### ")
 
@@ -115,10 +114,10 @@ def gold_of(row: Mapping[str, Any]) -> str:
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share; unlike the normal one it holds near 0 and 1 and for few rows."""
-    share, spread = correct / n, Z95**2 / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    with extra("train"):
+        from scipy.stats import binomtest
+    low, high = binomtest(correct, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def _judge(kind: str, prompt: str, gold: str, text: str | None, headed: bool) -> Item:

@@ -12,6 +12,7 @@ over earlier ones; a text without an answer of the kind gives None, which counts
 | `label` | solution1, answer2, ending3, option4 | last mention |
 | `json` | an object | always the text's first JSON object; equal up to spacing and the order of keys |
 | `text` | anything else | the whole text; equal up to case, spacing and closing punctuation |
+| `begins` | anything, only where asked for | right if the text begins with it and does not run on into a longer word |
 
 The published rule for letters, the first capital A to E anywhere, reads "Answer: B" as A and is not used.
 """
@@ -50,7 +51,7 @@ def extract(kind: str, text: str) -> str | None:
     """The answer in a generated text, in the form in which gold answers are written.
 
     Args:
-        kind: "number", "choice", "bool", "label", "json" or "text".
+        kind: "number", "choice", "bool", "label", "json", "text" or "begins".
         text: what the model generated, without its prompt.
 
     Returns:
@@ -75,6 +76,8 @@ def is_correct(kind: str, text: str, gold: str) -> bool:
         raise ValueError(f"the gold answer {gold!r} is not a {kind}")
     if answer is None:
         return False
+    if kind == "begins":
+        return answer.startswith(wanted) and not answer[len(wanted) : len(wanted) + 1].isalnum()
     return abs(float(answer) - float(wanted)) <= NUMBER_TOLERANCE if kind == "number" else answer == wanted
 
 
@@ -164,6 +167,7 @@ _RULES: dict[str, Callable[[str], str | None]] = {
     "label": _mention(_LABEL),
     "json": _json,
     "text": _text,
+    "begins": lambda text: text.strip() or None,
 }
 _FORMS = {
     "number": re.compile(r"-?\$?[\d,]*\.?\d+"),

@@ -6,15 +6,19 @@ configuration is the one it wants now; otherwise, or if the file is damaged, the
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.evaluation.results import write
+from moa.evaluation.results import PACKAGES
 from moa.studies.budget import Fit
+from moa.studies.methods import CALIBRATED
 from moa.studies.study import Study
 from moa.training.recipe import Recipe
+from moa.versions import versions
 
 FORMAT = 1
 TRY, TEST = "try", "test"
@@ -27,14 +31,14 @@ class Cell:
     Attributes:
         purpose: ``"try"`` measures a learning rate on validation rows, ``"test"`` what is compared.
         method: name in the study.
-        budget: trained parameters asked for.
-        seed: of initial weights and data order.
-        learning_rate: peak.
+        budget: trained parameters asked for, or share of the KV cache.
+        seed: of initial weights, data order and calibration texts.
+        learning_rate: peak; 0 for what is not trained.
     """
 
     purpose: str
     method: str
-    budget: int
+    budget: float
     seed: int
     learning_rate: float
 
@@ -53,13 +57,14 @@ def tries(study: Study, methods: list[str]) -> list[Cell]:
     return [
         Cell(TRY, method, budget, seed, rate)
         for method in methods
+        if study.methods[method].trains
         for budget in _tried_budgets(study, method)
         for rate in rates
         for seed in study.tuning.seeds
     ]
 
 
-def tests(study: Study, methods: list[str], rates: dict[tuple[str, int], float]) -> list[Cell]:
+def tests(study: Study, methods: list[str], rates: dict[tuple[str, float], float]) -> list[Cell]:
     """The cells that are compared, with the chosen learning rates by method and budget; seed by seed."""
     return [
         Cell(TEST, method, budget, seed, rates[method, budget])
@@ -69,18 +74,20 @@ def tests(study: Study, methods: list[str], rates: dict[tuple[str, int], float])
     ]
 
 
-def choose_rates(study: Study, methods: list[str], results: dict[Cell, dict[str, Any]]) -> dict[tuple[str, int], float]:
+def choose_rates(
+    study: Study, methods: list[str], results: dict[Cell, dict[str, Any]]
+) -> dict[tuple[str, float], float]:
     """The learning rate of lowest validation loss, mean over tuning seeds, for every method and budget.
 
     Raises:
         ValueError: every rate of a method diverged.
     """
     rates = study.tuning.learning_rates
-    chosen: dict[tuple[str, int], float] = {}
+    chosen: dict[tuple[str, float], float] = {}
     for method in methods:
         for budget in study.budgets_of(method):
-            if len(rates) < 2:
-                chosen[method, budget] = rates[0]
+            if len(rates) < 2 or not study.methods[method].trains:
+                chosen[method, budget] = rates[0] if study.methods[method].trains else 0.0
                 continue
             tried = tried_budget(study, method, budget)
             losses = {
@@ -94,44 +101,67 @@ def choose_rates(study: Study, methods: list[str], results: dict[Cell, dict[str,
     return chosen
 
 
-def tried_budget(study: Study, method: str, budget: int) -> int:
+def tried_budget(study: Study, method: str, budget: float) -> float:
     """Where the learning rate for ``budget`` is tried."""
     own = study.budgets_of(method)
     return study.tuning.budget if study.tuning.budget in own and study.tuning.budget is not None else budget
 
 
-def _tried_budgets(study: Study, method: str) -> list[int]:
+def _tried_budgets(study: Study, method: str) -> list[float]:
     return list(dict.fromkeys(tried_budget(study, method, budget) for budget in study.budgets_of(method)))
 
 
-def recipe_of(study: Study, cell: Cell, fitted: Fit, train_file: Path, output: Path) -> Recipe:
-    """What the cell trains."""
-    data = {"train": [str(train_file)], "template": study.data.template, "max_length": study.data.max_length}
+def recipes_of(study: Study, cell: Cell, fitted: Fit, train_files: Sequence[Path], output: Path) -> list[Recipe]:
+    """What the cell trains, stage by stage."""
+    method = study.methods[cell.method]
     own = {
         "save_steps": -(-study.steps // study.snapshots) if cell.purpose == TEST else study.steps,
         "keep_checkpoints": study.snapshots + 1,
         "log_steps": max(1, study.steps // 20),
     }
     decided = {"max_steps": study.steps, "batch_size": study.batch_size, "learning_rate": cell.learning_rate}
-    return Recipe(
-        base=study.base,
-        adapter=fitted.section,
-        data=data,  # type: ignore[arg-type]
-        output=str(output),
-        seed=cell.seed,
-        **(own | study.training | decided),
-    )
+    found = []
+    for stage, file in enumerate(train_files if method.trains else []):
+        data = {"train": [str(file)], "template": study.data.template, "max_length": study.data.max_length}
+        found.append(
+            Recipe(
+                base=study.base,
+                adapter=fitted.section,
+                data=data,  # type: ignore[arg-type]
+                output=str(output / f"stage-{stage + 1}"),
+                seed=cell.seed,
+                **(own | study.training | method.training | decided),
+            )
+        )
+    return found
 
 
-def configuration(study: Study, cell: Cell, recipe: Recipe, digest: str) -> dict[str, Any]:
-    """Everything that a cell's result depends on, as it comes back from JSON."""
-    trained = asdict(recipe)
-    for machine in ("output", "report_to"):
-        trained.pop(machine)
-    trained["data"].pop("train")
-    measured = {"metrics": study.metrics, "snapshots": study.snapshots} if cell.purpose == TEST else {}
-    plain = {"format": FORMAT, "cell": asdict(cell), "recipe": trained, "rows": digest, **measured}
+def configuration(study: Study, cell: Cell, recipes: Sequence[Recipe], digest: str) -> dict[str, Any]:
+    """Everything that a cell's result depends on, as it comes back from JSON. Versions are apart, see `Store`."""
+    method = study.methods[cell.method]
+    trained = [asdict(recipe) for recipe in recipes]
+    for recipe in trained:
+        for machine in ("output", "report_to"):
+            recipe.pop(machine)
+        recipe["data"].pop("train")
+        recipe["spans"] = _content(recipe["spans"])
+    plain: dict[str, Any] = {"format": FORMAT, "cell": asdict(cell), "rows": digest}
+    plain |= {"recipe": trained[0], "stages": len(trained)} if trained else {"base": study.base, "dtype": study.dtype}
+    if cell.purpose == TEST:
+        plain |= {"metrics": study.metrics, "snapshots": study.snapshots}
+    if method.spans:
+        plain["spans"] = (
+            [method.spans, asdict(study.calibration)] if method.spans in CALIBRATED else _content(method.spans)
+        )
+    if plain.get("stages") == 1:
+        del plain["stages"]
     return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+
+
+def _content(plan: str | None) -> str | None:
+    """What counts of a plan's file: not where it is."""
+    path = Path(plan or "").expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if plan and path.is_file() else plan
 
 
 class Store:
@@ -153,5 +183,25 @@ class Store:
             return None
         return found
 
-    def write(self, cell: Cell, configuration: dict[str, Any], result: dict[str, Any]) -> None:
-        write(self.path(cell), {"configuration": configuration} | result)
+
+def check_versions(done: Mapping[Cell, dict[str, Any]]) -> None:
+    """Refuse finished cells that were made with other versions than those that go on.
+
+    Raises:
+        ValueError: naming the packages, how many cells there are, and what to do.
+    """
+    now = versions(*PACKAGES)
+    others = {
+        cell: {n: v for n, v in found.get("versions", {}).items() if now.get(n, v) != v} for cell, found in done.items()
+    }
+    odd = {cell: differing for cell, differing in others.items() if differing}
+    if odd:
+        names = sorted({name for differing in odd.values() for name in differing})
+        said = ", ".join(
+            f"{n} {'/'.join(sorted({d[n] for d in odd.values() if n in d}))} (now {now[n]})" for n in names
+        )
+        raise ValueError(
+            f"{len(odd)} of {len(done)} finished cells were made with other versions: {said}. Install those, or choose "
+            f"another --output to start over, or go on with --any-version (the page will name both); one of them is "
+            f"{next(iter(odd)).name}"
+        )

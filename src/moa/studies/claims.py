@@ -6,6 +6,7 @@ from dataclasses import field
 
 from moa.choices import check_choice, nearest
 from moa.settings import Several, settings
+from moa.studies.methods import whole
 
 
 @settings
@@ -23,13 +24,14 @@ class Claim:
     better: str = ""
     than: Several[str] = field(default_factory=list)
     text: str = ""
-    budgets: list[int] = field(default_factory=list)
+    budgets: Several[float] = field(default_factory=list)
     metric: str = ""
 
     def __post_init__(self) -> None:
+        self.budgets = [whole(budget) for budget in self.budgets]
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
-    def check(self, methods: list[str], budgets: list[int], metrics: list[str]) -> None:
+    def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
         """Raise ValueError unless the claim is about methods, budgets and metrics of the study."""
         check_choice("claims: better", self.better, methods)
         if not self.than:

@@ -1,4 +1,4 @@
-"""Methods of a study: a preset with changes, and how it takes part."""
+"""Methods of a study: an adapter, attention spans, or both, and how they take part."""
 
 from __future__ import annotations
 
@@ -12,13 +12,35 @@ if TYPE_CHECKING:
     from moa.adapters.config import MoAConfig
     from moa.studies.sizing import Sizable
 
+NONE = "none"
+"""The preset of what is not trained: the base alone, or under spans."""
+
+DENSE = "dense"
+CALIBRATED = ("searched", "layers", "two-class")
+BUILT = (*CALIBRATED, "uniform")
+"""Plans that are made for a share of the KV cache; see `moa.studies.spans`."""
+PRESS = "kvpress:"
+
+
+def whole(budget: float) -> float:
+    """A budget as it is written: numbers of parameters are whole."""
+    return int(budget) if budget > 1 and float(budget).is_integer() else budget
+
+
+def amount(budget: float) -> str:
+    """A budget for people: trained parameters, or a share of the KV cache."""
+    return f"{budget:,} parameters" if budget > 1 else f"{100 * budget:g} % of the KV cache"
+
 
 @dataclass
 class Method:
     """An entry of a study.
 
     Attributes:
-        preset: a preset of moa, or ``peft:lora``, ``peft:dora``, ``peft:lily``: the same run by PEFT itself.
+        preset: a preset of moa; ``peft:lora``, ``peft:dora``, ``peft:lily``: the same run by PEFT itself; or ``none``.
+        spans: how the model attends when it is measured: the name of a plan that is made for the budget (`BUILT`, with
+            preset ``none``), a plan's file, ``kvpress:CLASS``, or ``dense``. If empty, as it was trained.
+        training: keys of a recipe laid over the study's own for this method, such as ``spans``: a plan to learn under.
         changes: settings laid over the preset, anything that `moa.preset` (or PEFT's configuration) takes.
         grow: kinds of experts whose sizes follow the budget; all that have one if empty.
         budgets: where the method takes part; at all budgets of the study if empty.
@@ -28,8 +50,10 @@ class Method:
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
     grow: list[str] = field(default_factory=list)
-    budgets: list[int] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
     note: str = ""
+    spans: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_tree(cls, name: str, tree: Any) -> Method:
@@ -39,13 +63,33 @@ class Method:
         fields = dict(tree or {})
         if "changes" in fields:  # as `dataclasses.asdict` wrote it
             return cls(**fields)
-        own = {key: fields.pop(key) for key in ("preset", "grow", "budgets", "note") if key in fields}
-        return cls(**({"preset": name} | own), changes=fields)
+        keys = ("preset", "grow", "budgets", "note", "spans", "training")
+        own = {key: fields.pop(key) for key in keys if key in fields}
+        usual = NONE if own.get("spans") else name
+        return cls(**({"preset": usual} | own), changes=fields)
 
-    def check(self, name: str, budgets: list[int]) -> None:
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.preset != NONE
+
+    @property
+    def builds(self) -> bool:
+        """Whether its budget is a share of the KV cache."""
+        return self.spans in BUILT or self.spans.startswith(PRESS)
+
+    def check(self, name: str, budgets: list[float]) -> None:
         """Raise ValueError, naming the method, unless it can be configured."""
         if not name.strip() or set(name) & set("/\\ "):
             raise ValueError(f"methods: the name {name!r} must have no spaces or slashes")
+        for budget in self.budgets:
+            if budget not in budgets:
+                raise ValueError(f"methods.{name}: budgets names {budget}, but the study has {budgets}")
+        self._check_spans(name, self.budgets or budgets)
+        if not self.trains:
+            if self.changes or self.grow or self.training:
+                raise ValueError(f"methods.{name}: preset 'none' trains nothing, so it takes no {[*self.changes]}")
+            return
         from moa.adapters.config import MoAConfig
         from moa.studies.sizing import SIZED
         from moa.training.adapter import adapter_config
@@ -56,11 +100,30 @@ class Method:
                 check_names("grow", self.grow, SIZED)
         except (ValueError, TypeError) as error:
             raise ValueError(f"methods.{name}: {error}") from None
-        for budget in self.budgets:
-            if budget not in budgets:
-                raise ValueError(f"methods.{name}: budgets names {budget}, but the study has {budgets}")
         if isinstance(config, MoAConfig):
             _check_grows(name, config, self.grow)
+
+    def _check_spans(self, name: str, budgets: list[float]) -> None:
+        known = (*BUILT, DENSE)
+        if (
+            self.spans
+            and self.spans not in known
+            and not self.spans.startswith(PRESS)
+            and not self.spans.endswith(".json")
+        ):
+            raise ValueError(
+                f"methods.{name}: spans={self.spans!r} is not one of {list(known)}{nearest(self.spans, known)}, a "
+                f"plan's .json file, or {PRESS}CLASS"
+            )
+        if self.builds and self.trains:
+            raise ValueError(
+                f"methods.{name}: spans={self.spans!r} makes a plan for a share of the KV cache, and preset "
+                f"{self.preset!r} trains a number of parameters: a budget is one or the other. Make the plan first and "
+                "name its file"
+            )
+        if wrong := [budget for budget in budgets if (budget <= 1 and self.trains) or (budget > 1 and self.builds)]:
+            wanted = "numbers of trained parameters" if self.trains else "shares of the KV cache, at most 1"
+            raise ValueError(f"methods.{name}: its budgets must be {wanted}, not {wrong}")
 
     def variants(self, blocks: int) -> Iterator[Sizable]:
         """Ways to size the method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from moa.evaluation.accuracy import wilson
-from moa.evaluation.results import write
 from moa.studies import cells as grid
 from moa.studies.claims import Claim
-from moa.studies.conduct import Plan, Result
+from moa.studies.plan import Plan, Result
 from moa.studies.statistics import Matrix, estimate
 from moa.studies.study import Study
-from moa.studies.verdicts import Scores, judge
+from moa.studies.verdicts import Scores, has, judge
 
 
 def gather(plan: Plan) -> dict[str, Any]:
@@ -25,8 +23,8 @@ def gather(plan: Plan) -> dict[str, Any]:
     Methods and budgets with a cell missing are left out of rows and comparisons and counted as missing.
     """
     study = plan.study
-    finished: dict[tuple[str, int], list[Result]] = {}
-    rates: dict[tuple[str, int], float] = {}
+    finished: dict[tuple[str, float], list[Result]] = {}
+    rates: dict[tuple[str, float], float] = {}
     missing = 0
     for method in study.methods:
         own = plan.rates([method])
@@ -51,14 +49,26 @@ def gather(plan: Plan) -> dict[str, Any]:
         "at_chance": _at_chance(rows, finished),
         "missing_cells": missing,
         "tries": len(study.tuning.learning_rates) * len(study.tuning.seeds),
-        "versions": next((results[0]["versions"] for results in finished.values()), {}),
+        "versions": _versions([result for results in finished.values() for result in results]),
         "rows_digest": plan.rows.digest,
         "study": study.to_dict(),
     }
 
 
-def _scores(finished: Mapping[tuple[str, int], list[Result]], metric: str) -> Scores:
-    return {key: {name: matrix(cells, name, metric) for name in cells[0]["sets"]} for key, cells in finished.items()}
+def _versions(results: list[Result]) -> dict[str, str]:
+    """Of all cells; where they differ, all of them."""
+    seen: dict[str, list[str]] = {}
+    for result in results:
+        for name, number in result["versions"].items():
+            seen[name] = list(dict.fromkeys([*seen.get(name, []), number]))
+    return {name: " and ".join(numbers) for name, numbers in seen.items()}
+
+
+def _scores(finished: Mapping[tuple[str, float], list[Result]], metric: str) -> Scores:
+    return {
+        key: {name: matrix(cells, name, metric) for name, data in cells[0]["sets"].items() if has(data, metric)}
+        for key, cells in finished.items()
+    }
 
 
 def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[str, Any]:
@@ -68,11 +78,12 @@ def _judged(study: Study, claim: Claim, scores: Mapping[str, Scores]) -> dict[st
 
 def matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:
     """Scores (seeds, items) of a task; NaN where a run that diverged has none."""
-    rows = results[0]["sets"][task]["rows"]
-    return np.array([result["sets"][task].get(metric, [np.nan] * rows) for result in results], dtype=float)
+    known = [result["sets"][task].get(metric) for result in results]
+    items = next((len(scores) for scores in known if scores is not None), results[0]["sets"][task]["rows"])
+    return np.array([[np.nan] * items if scores is None else scores for scores in known], dtype=float)
 
 
-def _row(plan: Plan, method: str, budget: int, results: list[Result], rate: float) -> dict[str, Any]:
+def _row(plan: Plan, method: str, budget: float, results: list[Result], rate: float) -> dict[str, Any]:
     rates = plan.study.tuning.learning_rates
     steps = [result["step_seconds"] for result in results if result["step_seconds"]]
     fitted = plan.fits[method, budget]
@@ -89,18 +100,32 @@ def _row(plan: Plan, method: str, budget: int, results: list[Result], rate: floa
         "sets": {name: _set(results, name, plan.study) for name in results[0]["sets"]},
         "step_seconds": fmean(steps) if steps else None,
         "peak_memory_mib": max(result["peak_memory_mib"] for result in results),
+        "kv_share": _kv_share(results),
+        "stages": _stages(results, plan.study),
         "routing": _routing(results),
     }
 
 
+def _kv_share(results: list[Result]) -> float | None:
+    """Mean over sets and seeds; None: all of it."""
+    shares = [data["kv_share"] for result in results for data in result["sets"].values() if "kv_share" in data]
+    return fmean(shares) if shares else None
+
+
+def _stages(results: list[Result], study: Study) -> list[dict[str, Any]]:
+    """What every set scored after each stage but the last, means over the seeds; empty where nothing followed."""
+    stages = zip(*(result.get("stages", []) for result in results), strict=False)
+    return [{name: _set(list(same), name, study) for name in same[0]["sets"]} for same in stages]
+
+
 def _metric(results: list[Result], metric: str) -> dict[str, Any] | None:
-    scores = [matrix(results, task, metric) for task in results[0]["sets"]]
+    scores = [matrix(results, task, metric) for task, data in results[0]["sets"].items() if has(data, metric)]
     sound = np.all([np.isfinite(score).all(1) for score in scores], axis=0)
     if not sound.any():
         return None
     found = estimate([score[sound] for score in scores])
     low, high = found.interval
-    if metric == "accuracy":
+    if metric in ("accuracy", "choice"):
         low, high = max(low, 0.0), min(high, 1.0)
     spread = stdev(found.by_seed) if len(found.by_seed) > 1 else None
     return {"mean": found.mean, "interval": [low, high], "by_seed": found.by_seed, "sd_of_seeds": spread}
@@ -112,7 +137,7 @@ def _set(results: list[Result], name: str, study: Study) -> dict[str, Any]:
         metric: float(np.nanmean(scores)) if np.isfinite(scores := matrix(results, name, metric)).any() else None
         for metric in study.metrics
     }
-    return {key: first[key] for key in ("family", "chance", "rows")} | means
+    return {key: first[key] for key in ("family", "kind", "chance", "rows")} | means
 
 
 def _routing(results: list[Result]) -> dict[str, Any] | None:
@@ -125,6 +150,7 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
             "step": states[0]["step"],
             "active": fmean(share for state in states for share in _all(state, "active")),
             "dead": fmean(sum(len(block["dead"]) for block in state["blocks"]) for state in states),
+            "entropy": _entropy(states),
         }
         for states in zip(*runs, strict=True)
     ]
@@ -134,6 +160,7 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
             "block": same[0]["block"],
             "gate": {name: fmean(block["gate"][name] for block in same) for name in same[0]["gate"]},
             "active": {name: fmean(block["active"][name] for block in same) for name in same[0]["active"]},
+            "strongest": max((share for block in same for share in block.get("strongest", {}).values()), default=None),
             "dead": sorted({name for block in same for name in block["dead"]}),
         }
         for same in zip(*last, strict=True)
@@ -143,16 +170,23 @@ def _routing(results: list[Result]) -> dict[str, Any] | None:
         "experts": fmean(len(_all(run[-1], "active")) for run in runs),
         "active": course[-1]["active"],
         "dead": course[-1]["dead"],
+        "entropy": course[-1]["entropy"],
         "course": course,
         "blocks": blocks,
     }
+
+
+def _entropy(states: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean over blocks and seeds, in [0, 1]; None where routers have one expert, or cells are too old to say."""
+    known = [block["entropy"] for state in states for block in state["blocks"] if block.get("entropy") is not None]
+    return fmean(known) if known else None
 
 
 def _all(state: Mapping[str, Any], key: str) -> list[float]:
     return [value for block in state["blocks"] for value in block[key].values()]
 
 
-def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, int], list[Result]]) -> list[str]:
+def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, float], list[Result]]) -> list[str]:
     """Sets on which not even the best method can be told from guessing."""
     found = []
     for name in next(iter(rows), {"sets": {}})["sets"]:
@@ -163,49 +197,3 @@ def _at_chance(rows: list[dict[str, Any]], finished: Mapping[tuple[str, int], li
         if wilson(round(best * sets[0]["rows"]), sets[0]["rows"])[0] <= sets[0]["chance"]:
             found.append(name)
     return found
-
-
-COLUMNS = ("method", "budget", "parameters", "rate", "accuracy %", "answer loss", "ms a step", "MiB", "active", "dead")
-
-
-def cells_of(row: Mapping[str, Any]) -> list[str]:
-    """One row of the table as text, in the order of `COLUMNS`."""
-    accuracy, loss = (row["metrics"].get(metric) for metric in ("accuracy", "answer_loss"))
-    routing = row["routing"]
-    return [
-        row["method"] + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
-        f"{row['budget']:,}",
-        f"{row['trained_parameters']:,}",
-        f"{row['learning_rate']:g}" + ("*" if row["rate_at_edge"] else ""),
-        _with_interval(accuracy, 100, 1),
-        _with_interval(loss, 1, 4),
-        "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
-        f"{row['peak_memory_mib']:.0f}",
-        "" if routing is None else f"{routing['active']:.0%}",
-        "" if routing is None else f"{routing['dead']:.1f} of {routing['experts']:.0f}",
-    ]
-
-
-def _with_interval(found: Mapping[str, Any] | None, factor: float, digits: int) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    return f"{factor * found['mean']:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
-
-
-def write_results(results: Mapping[str, Any], folder: Path) -> None:
-    """Write ``results.json`` and ``results.md`` into ``folder``."""
-    write(folder / "results.json", results)
-    draft = folder / ".results.md.part"
-    draft.write_text(markdown(results), encoding="utf-8")
-    draft.replace(folder / "results.md")
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The verdicts and the table, as Markdown."""
-    lines = [f"# {results['title']}", ""]
-    for claim in results["claims"]:
-        lines += [f"**{claim['text']}**", "", claim["verdict"], ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cells_of(row)) + " |" for row in results["rows"]]
-    return "\n".join(lines) + "\n"

@@ -1,49 +1,44 @@
-"""How a trained mixture uses its experts: gates averaged over prompts, per block, and the experts that are dead."""
+"""How a trained mixture uses its experts: what its routers decide on prompts, per block, and which ones are dead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moa.adapters.members import mixtures_of
-from moa.adapters.telemetry import gate_values, is_dead
 from moa.data import Prompt, prompt_tokens
+from moa.inspection.collect import decisions_of, routers_of
+from moa.inspection.statistics import statistics
 
 
 def routing(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Look at every block's router while the model reads ``prompts``, one after the other.
+    """Look at every router while the model reads ``prompts``, one after the other.
 
     Returns:
-        One dict per block: ``block``; ``gate`` and ``active``, by expert the mean gate and the share of tokens with a
-        gate other than 0; ``dead``, the names of its dead experts. Copies of an expert are ``q/0``, ``q/1`` and so on.
-        Empty for a model without routers.
+        One dict per block: ``block``; by expert, ``gate`` (mean), ``active`` (share of tokens with a gate other than 0)
+        and ``strongest`` (share of tokens on which it has the largest gate: 1 where a router has collapsed onto it);
+        ``entropy`` of a token's gates, 1 if all are equal, of the block's routers on average; ``dead``, the names of
+        its dead experts. Copies of an expert are ``q/0``, ``q/1`` and so on. Empty for a model without routers.
     """
     if not mixtures_of(model):
         return []
-    seen: dict[int, dict[str, list[Tensor]]] = {}
-    was_training = model.training
-    model.eval()
-    with gate_values(model) as record, torch.no_grad():
-        for prompt in prompts:
-            record.clear()
-            model(input_ids=torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device))
-            for place, decided in record.decisions():
-                found = seen.setdefault(place.block, {})
-                for name, gates in zip(record.columns_of(place), decided.gates[0].unbind(-1), strict=True):
-                    found.setdefault(name, []).append(gates.float().cpu())
-    model.train(was_training)
-    return [_summary(block, seen[block]) for block in sorted(seen)]
-
-
-def _summary(block: int, gates: dict[str, list[Tensor]]) -> dict[str, Any]:
-    joined = {name: torch.cat(columns) for name, columns in gates.items()}
-    gate = {name: round(float(values.mean()), 5) for name, values in joined.items()}
-    active = {name: round(float((values != 0).float().mean()), 5) for name, values in joined.items()}
-    dead = [name for name in joined if is_dead(gate[name], active[name])]
-    return {"block": block, "gate": gate, "active": active, "dead": dead}
+    adapter = model.active_adapter
+    facts = routers_of(model, adapter)
+    decided = decisions_of(model, adapter, [prompt_tokens(tokenizer, prompt) for prompt in prompts])
+    blocks: dict[int, dict[str, Any]] = {}
+    for place, found in decided.items():
+        told = statistics(place, facts[place], found)
+        new = {"block": place.block, "gate": {}, "active": {}, "strongest": {}, "entropy": [], "dead": []}
+        block = blocks.setdefault(place.block, new)
+        for key, values in (("gate", told.mean), ("active", told.active), ("strongest", told.strongest)):
+            block[key] |= {name: round(value, 5) for name, value in zip(told.columns, values, strict=True)}
+        block["dead"] += told.dead
+        block["entropy"] += [] if told.entropy is None else [told.entropy]
+    for block in blocks.values():
+        block["entropy"] = round(sum(block["entropy"]) / len(block["entropy"]), 5) if block["entropy"] else None
+    return [blocks[number] for number in sorted(blocks)]
 
 
 def snapshot_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -14,10 +14,10 @@ from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
 from moa.studies.claims import Claim
-from moa.studies.methods import Method
+from moa.studies.methods import Method, whole
 from moa.training.recipe import Recipe
 
-METRICS = ("accuracy", "answer_loss")
+METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
 
@@ -27,14 +27,33 @@ class StudyData:
     """What is learned and what is asked. Rows are drawn once, the same for every cell."""
 
     train: Several[str] = knob(lambda: ["tasks:all"], "sources to learn from, as in a recipe")
+    then: list[list[str]] = knob(list, "sources of later stages: each is learned on top of what the stage before left")
     train_rows: int | None = knob(None, "at most this many rows of each source", within=Range(1))
     validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", within=Range(1))
-    test: Several[str] = knob(lambda: ["tasks:all"], "sources to evaluate on, as in `moa eval`")
-    test_rows: int | None = knob(100, "at most this many rows of each test set", within=Range(2))
+    test: Several[str] = knob(
+        lambda: ["tasks:all"],
+        "sources to evaluate on, as in `moa eval`; also long:TASK@TOKENS (lines, needle, copying, facts) "
+        "and running text, text:NAME@TOKENS (manual, novels, a file)",
+    )
+    test_rows: int | None = knob(100, "at most this many rows or windows of each test set", within=Range(2))
     template: TemplateName = knob("short", "prompt template")
     max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
     max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
     seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))
+
+
+@settings
+class Calibration:
+    """What span plans are made from; every seed of the study draws its own texts."""
+
+    source: str = knob("tasks:lines,needle,copying", "texts with questions, as data.source of a span recipe")
+    lengths: Several[int] = knob(lambda: [512, 1024], "profiled lengths, tokens")
+    extend: Several[int] = knob(list, "lengths bounded but not profiled, tokens")
+    validate_length: int = knob(2048, "longer length at which the search's plans are compared", within=Range(1))
+    items: int = knob(24, "calibration items per profiled length", within=Range(1))
+    validate_items: int = knob(12, "items of the longer length", within=Range(1))
+    max_new_tokens: int = knob(32, "longest answer of the dense model", within=Range(1))
+    step: int = knob(128, "tokens between offsets of the search grid", within=Range(1))
 
 
 @settings
@@ -50,15 +69,18 @@ class Tuning:
 class Study:
     """A comparison. Keys of ``methods`` are names; see `moa.studies.methods.Method` for what an entry holds."""
 
-    methods: dict[str, Method] = knob(dict, "name: preset, changes, grow, budgets")
-    budgets: Several[int] = knob(list, "numbers of trained parameters at which the methods are compared")
+    methods: dict[str, Method] = knob(dict, "name: preset, changes, spans, grow, budgets")
+    budgets: Several[float] = knob(
+        list, "trained parameters at which methods are compared; of span methods, shares of the KV cache"
+    )
     claims: list[Claim] = knob(list, "what the study is to decide: better, than, text, budgets, metric")
     title: str = knob("A comparison of fine-tuning methods", "of the page")
     note: str = knob("", "a paragraph for the page: what is compared and why")
     output: str = knob("study", "folder for cells, table, JSON and page")
     base: str = knob("embedded", "base model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     data: StudyData = knob(StudyData, "a section")
-    steps: int = knob(300, "optimizer steps of every cell", within=Range(2))
+    calibration: Calibration = knob(Calibration, "a section")
+    steps: int = knob(300, "optimizer steps of every stage of every cell", within=Range(2))
     batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))
     seeds: Several[int] = knob(lambda: [0, 1, 2, 3, 4], "of initial weights and data order; paired between methods")
     tolerance: float = knob(0.01, "how far trained parameters may be off the budget", within=Range(0, 0.5))
@@ -77,6 +99,7 @@ class Study:
         return {name: one if isinstance(one, Method) else Method.from_tree(name, one) for name, one in given.items()}
 
     def __post_init__(self) -> None:
+        self.budgets = [whole(budget) for budget in self.budgets]
         check_names("metrics", self.metrics, METRICS)
         _check_numbers(self)
         if not self.methods:
@@ -86,12 +109,9 @@ class Study:
         for claim in self.claims:
             claim.check(list(self.methods), self.budgets, self.metrics)
             self._check_reach(claim)
-        known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
-        for key in self.training:
-            if key not in known:
-                why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
-                raise ValueError(f"training has no key {key!r}{why}; its keys are {known}")
-        Recipe(**self.training)
+        _check_training("training", self.training)
+        for name, method in self.methods.items():
+            _check_training(f"methods.{name}: training", method.training)
 
     def _check_reach(self, claim: Claim) -> None:
         for name in (claim.better, *claim.than):
@@ -120,15 +140,29 @@ class Study:
         """Plain data that `from_tree` can build the study from again."""
         return dataclasses.asdict(self)
 
-    def budgets_of(self, method: str) -> list[int]:
+    @property
+    def dtype(self) -> str:
+        """Of the base model."""
+        return str(self.training.get("dtype", "auto"))
+
+    def budgets_of(self, method: str) -> list[float]:
         """The budgets at which a method takes part."""
         return self.methods[method].budgets or self.budgets
+
+
+def _check_training(what: str, section: dict[str, Any]) -> None:
+    known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
+    for key in section:
+        if key not in known:
+            why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
+            raise ValueError(f"{what} has no key {key!r}{why}; its keys are {known}")
+    Recipe(**section)
 
 
 def _check_numbers(study: Study) -> None:
     """Lists of numbers: each at least one, none twice, all in range."""
     lists: dict[str, tuple[list[Any], float]] = {
-        "budgets": (study.budgets, 1),
+        "budgets": (study.budgets, 1e-3),
         "seeds": (study.seeds, 0),
         "tuning.seeds": (study.tuning.seeds, 0),
         "tuning.learning_rates": (study.tuning.learning_rates, 1e-12),

@@ -12,22 +12,36 @@ from typing import Any
 
 import numpy as np
 
+from moa.evaluation.likelihood import KINDS
 from moa.studies.claims import Claim
+from moa.studies.methods import amount
 from moa.studies.statistics import LEVEL, Matrix, estimate, holm
 
-Scores = Mapping[tuple[str, int], Mapping[str, Matrix]]
+Scores = Mapping[tuple[str, float], Mapping[str, Matrix]]
 """(method, budget) -> task -> (seeds, items); rows of NaN where a seed has no score."""
 
-UNITS = {"accuracy": (100.0, "points"), "answer_loss": (-1.0, "nats")}
+UNITS = {
+    "accuracy": (100.0, "points"),
+    "choice": (100.0, "points"),
+    "answer_loss": (-1.0, "nats"),
+    "text_loss": (-1.0, "nats"),
+}
 """What a score is multiplied with, so that more is better and differences are in the unit named."""
 
 
-def judge(claim: Claim, metric: str, budgets: list[int], scores: Scores) -> dict[str, Any]:
+def has(data: Mapping[str, Any], metric: str) -> bool:
+    """Whether a metric is measured on a set: of running text its loss, of answers that are one of a few the choice."""
+    if data["family"] == "text" or metric == "text_loss":
+        return data["family"] == "text" and metric == "text_loss"
+    return metric != "choice" or data["kind"] in KINDS
+
+
+def judge(claim: Claim, metric: str, budgets: list[float], scores: Scores) -> dict[str, Any]:
     """A claim with its comparisons, its outcome and its verdict, as plain data.
 
     Args:
         claim: what is said to be better than what.
-        metric: ``accuracy`` or ``answer_loss``.
+        metric: a key of `UNITS`.
         budgets: where it is to hold.
         scores: of all methods that are finished.
     """
@@ -114,7 +128,7 @@ def _difference(entry: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     low, high = entry["interval"]
     return (
         f"{entry['difference']:+.{digits}f} {found['unit']} ({low:+.{digits}f} to {high:+.{digits}f}) "
-        f"against {entry['rival']} at {entry['budget']:,} parameters"
+        f"against {entry['rival']} at {amount(entry['budget'])}"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import set_seed
 
 from moa.adapters.config import MoAConfig
@@ -39,7 +40,7 @@ _NEW_NAME = "activation_checkpointing"
 _CHECKPOINTING = _NEW_NAME if _NEW_NAME in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, start: Path | None = None) -> Path:
     """Fine-tune a base model and save the adapter.
 
     Args:
@@ -47,6 +48,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
         resume: continue the run in ``recipe.output`` from its last complete checkpoint. The result is the same as
             without the interruption.
         overwrite: replace the run in ``recipe.output``.
+        start: folder of an adapter of the same configuration that is trained further; None: a fresh one.
 
     Returns:
         The output folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``, ``recipe.yaml``,
@@ -69,6 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     interrupt, data = StopOnInterrupt(), SameData.of(examples)
     if checkpoint:
         data.check(checkpoint)
+    if start is not None:
+        model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
     mixture = isinstance(trainer.model.active_peft_config, MoAConfig)  # a recipe may name a method of PEFT's own
     trainer.add_callback(Progress(folder, log_router(trainer) if mixture else None))
@@ -166,7 +170,7 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, dataset: datasets.Datas
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=adapter_config(recipe.adapter),
+            peft_config=None if isinstance(model, PeftModel) else adapter_config(recipe.adapter),
             callbacks=callbacks,
             keep_checkpoints=recipe.keep_checkpoints,
         )
