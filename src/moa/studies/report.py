@@ -150,7 +150,7 @@ COLUMNS = (
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns in which some row says something, and the rows as text in their order."""
     texts = [cells_of(row) for row in rows]
-    kept = [place for place, name in enumerate(COLUMNS) if any(text[place] for text in texts) or not texts]
+    kept = [place for place, name in enumerate(COLUMNS) if any(text[place] for text in texts) or not place]
     return [COLUMNS[place] for place in kept], [[text[place] for place in kept] for text in texts]
 
 
