@@ -20,7 +20,7 @@ RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed ray-test wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed ray-test wheel-test test-oldest quantised clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -81,8 +81,35 @@ $(HOST_ENVS)/%/.installed: pyproject.toml
 		|| $(HOST_ENVS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
-distributed: $(VENV)/.installed  ## two processes on gloo: DDP and FSDP2 against one process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_distributed.py
+# One environment with every quantiser that installs without an accelerator. They import one another's old names.
+QUANTISERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 hqq==0.2.8.post1 gptqmodel==7.6.0 optimum gguf
+QUANTISED := .venv-quantised
+DEEPSPEED := .venv-deepspeed
+
+quantised: $(QUANTISED)/.installed  ## train, save, load and decode on quantised bases, beside LoRA
+	MOA_QUANTISED=1 OMP_NUM_THREADS=1 $(QUANTISED)/bin/python -m pytest -n 0 -W default tests/test_quantised.py
+
+# gptqmodel builds against the torch that is there, with a newer setuptools than venv brings.
+$(QUANTISED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(QUANTISED)
+	$(QUANTISED)/bin/python $(PIP) '$(TORCH)' wheel ninja 'setuptools>=80'
+	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(QUANTISED)/constraints.txt
+	BUILD_CUDA_EXT=0 $(QUANTISED)/bin/python $(PIP) --no-build-isolation $(QUANTISERS) \
+		-c $(QUANTISED)/constraints.txt
+	$(QUANTISED)/bin/python $(PIP) -c $(QUANTISED)/constraints.txt -e '.[train]' pytest pytest-timeout pytest-xdist
+	touch $@
+
+distributed: $(DEEPSPEED)/.installed  ## two processes on gloo: DDP, FSDP2, tensor parallel and DeepSpeed ZeRO
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -n 0 tests/test_distributed.py tests/test_deepspeed.py
+
+# DeepSpeed is built against the torch that is there, with setuptools from the environment.
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python $(PIP) '$(TORCH)' wheel 'setuptools>=80'
+	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(DEEPSPEED)/constraints.txt
+	DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python $(PIP) --no-build-isolation -c $(DEEPSPEED)/constraints.txt deepspeed==0.19.8
+	$(DEEPSPEED)/bin/python $(PIP) -c $(DEEPSPEED)/constraints.txt -e '.[train]' pytest pytest-timeout pytest-xdist
+	touch $@
 
 ray-test: $(RAY)/.installed  ## cells on a Ray cluster of two local machines, one of which is lost
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_studies_engine.py
@@ -132,4 +159,4 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(HOST_ENVS) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HOST_ENVS) $(QUANTISED) $(DEEPSPEED) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""Two processes on gloo: DDP and FSDP2 give the gradients of one process, with and without checkpointing."""
+"""Two processes on gloo: DDP and FSDP2 give the gradients of one process; what is split too early is refused."""
 
 import os
 import traceback
@@ -13,6 +13,7 @@ from tiny import adapter_tensors, perturb, tiny_config, tiny_llama, tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
 
 import moa
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 KINDS = ["ddp", "fsdp2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINTING = {"plain": None, "reentrant": True, "not reentrant": False}
+LATE = {"tensor parallel": "tp_size=2", "fsdp2": "Attach the adapter first"}
 VARIANTS = [(kind, dtype, checkpointing) for kind in KINDS for dtype in DTYPES for checkpointing in CHECKPOINTING]
 
 
@@ -62,6 +64,21 @@ def run_variant(rank, kind, dtype, checkpointing):
     return result
 
 
+def attach_late(rank, folder, engine):
+    """What is said to an adapter that comes after the base was split."""
+    if engine == "tensor parallel":
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        base = LlamaForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto")
+    else:
+        base = tiny_llama()
+        fully_shard(base)
+    try:
+        get_peft_model(base, tiny_config())
+    except ValueError as error:
+        return {"said": str(error)}
+    return {"said": "nothing"}
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -72,6 +89,11 @@ def work(rank, folder):
             results[variant] = run_variant(rank, *variant)
         except Exception:
             results[variant] = traceback.format_exc()
+    for engine in LATE:
+        try:
+            results[engine] = attach_late(rank, folder, engine)
+        except Exception:
+            results[engine] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -82,6 +104,7 @@ def results(tmp_path_factory):
     """All variants in one pair of processes: starting them takes longer than running them."""
     folder = tmp_path_factory.mktemp("distributed")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    tiny_llama().save_pretrained(folder / "base")
     mp.spawn(work, (str(folder),), nprocs=2)
     return torch.load(folder / "results.pt")
 
@@ -103,6 +126,11 @@ def test_gradients_are_those_of_one_process(results, variant):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("engine", LATE)
+def test_an_adapter_on_a_base_that_is_split_already_is_refused(results, engine):
+    assert LATE[engine] in outcome(results, engine)["said"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

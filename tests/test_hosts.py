@@ -161,6 +161,14 @@ def test_sizes_of_linear_layers_of_any_kind():
     assert _hosts.features_of(Conv1D(2, 3)) == (3, 2)
 
 
+def test_wrappers_know_their_adapters():
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    model = get_peft_model(tiny_llama(), moa.MoAConfig(modules_to_save=["lm_head"]))
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    assert [_hosts.adapters_of_wrapper(wrapper) for wrapper in wrappers] == [{"default"}]
+
+
 def test_the_method_is_in_pefts_enum_once():
     assert _hosts.append_method("MOA") is PeftType.MOA is PeftType("MOA")
     assert list(PeftType.__members__).count("MOA") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+import moa
 from moa import models
 from moa.assets import base_path
+from moa.evaluation.accuracy import Item, Result
 from moa.evaluation.models import load as load_for_use
+from moa.evaluation.sets import load_sets
 from moa.models import NAMED, Packaged, config_of, find
 from moa.training.base import load_base
-from moa.training.card import write_card
+from moa.training.card import add_accuracy, write_card
 from moa.training.recipe import Recipe
 from moa.training.sft import train
 from moa.training.validate import validate
@@ -30,8 +35,8 @@ MERGED = "qz"  # a byte-level vocabulary without a single merge cannot be read
 SHAPE = {"vocab_size": 260, "tie_word_embeddings": False}
 
 
-def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object) -> None:
-    """A Llama and a byte-level tokenizer in one GGUF file, unquantised."""
+def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object, quantised: str | None = None) -> None:
+    """A Llama and a byte-level tokenizer in one GGUF file, its matrices as they are or in a form such as Q8_0."""
     config, heads = (
         model.config,
         {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads},
@@ -61,7 +66,9 @@ def write_gguf(file: Path, model: torch.nn.Module, tokenizer: object) -> None:
         written, array = names.get_name(stem), tensor.float().numpy()
         if n := heads.get(written.rpartition(".")[2]):  # llama.cpp rotates neighbours, transformers halves
             array = array.reshape(n, 2, array.shape[0] // n // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(f"{written}.{kind}", array)
+        form = gguf.GGMLQuantizationType[quantised] if quantised and array.ndim == 2 else None
+        array = array if form is None else gguf.quants.quantize(array, form)
+        writer.add_tensor(f"{written}.{kind}", array, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -293,3 +300,23 @@ def test_the_card_of_an_adapter_names_the_original_and_how_to_load_it(package: P
     card = (tmp_path / "README.md").read_text()
     assert "base_model: nobody/tiny" in card
     assert 'base, tokenizer = load_base("tiny")' in card
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in embedded")
+def test_a_card_shows_gates_and_accuracy_and_its_snippet_runs(tmp_path: Path):
+    base, _ = load_base("embedded", "float32")
+    get_peft_model(base, moa.preset("soft-moa", r=2)).save_pretrained(tmp_path)
+    log = {"router/utilisation/q": 0.5, "router/utilisation/prompt": 1.5, "router/dead": 0.25, "router/gate": 0.1}
+    write_card(tmp_path, Recipe(base="embedded"), name="mine", steps=1, loss=1.0, trainable=1, log=log)
+    [data] = load_sets("tasks:add_sub", limit=4)
+    right, wrong = (Item("", "1", "1", "1", correct) for correct in (True, False))
+    add_accuracy(tmp_path, data, {"base": Result("number", [wrong, wrong]), "mine": Result("number", [right, wrong])})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert re.search(r"^q      █{7} +0\.50\nprompt █{20} 1\.50$", card.text, re.MULTILINE)
+    assert "25% of the experts hardly act" in card.text
+    assert "| mine | 2 | 50.0% |" in card.text
+    assert [found.metric_value for found in card.data.eval_results] == [0.5]
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    found: dict = {}
+    exec(snippet.replace("path/to/this/folder", str(tmp_path)), found)
+    assert type(found["model"]).__name__ == "PeftModelForCausalLM"

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,18 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from tiny import adapter_tensors, is_adapter, logits, padded, perturb, tiny_config, tiny_llama, tiny_moa, tokens
+from tiny import (
+    adapter_tensors,
+    is_adapter,
+    logits,
+    padded,
+    perturb,
+    tiny_config,
+    tiny_llama,
+    tiny_moa,
+    tiny_tokenizer,
+    tokens,
+)
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moa
@@ -230,6 +242,18 @@ def test_a_card_that_somebody_wrote_is_only_added_to(tmp_path):
     assert card.text.count("How to load") == 1
 
 
+def test_the_snippet_of_the_card_runs(tmp_path, capsys):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, tiny_config()).save_pretrained(tmp_path / "adapter")
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(snippet.replace("path/to/this/adapter", str(tmp_path / "adapter")), {})
+    assert len(capsys.readouterr().out) > 20
+
+
 # --- files that do not fit --------------------------------------------------------------------------------------------
 
 
@@ -360,14 +384,6 @@ def test_after_deleting_the_first_adapter_the_second_acts():
     model.delete_adapter("default")
     assert model.active_adapters == ["second"]
     assert torch.equal(logits(model), before)
-
-
-def test_a_batch_cannot_mix_adapters():
-    model = two_adapters()
-    with pytest.raises(ValueError, match="one batch per adapter"):
-        model(input_ids=tokens(), adapter_names=["default", "second"])
-    with pytest.raises(ValueError, match="one batch per adapter"):
-        model.generate(input_ids=tokens(), adapter_names=["default", "second"], max_new_tokens=1)
 
 
 def test_mixed_peft_models_are_refused():

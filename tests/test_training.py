@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,6 +106,7 @@ def test_the_folder_of_a_run_is_complete(unbroken):
     card = (unbroken / "README.md").read_text()
     assert "library_name: peft" in card
     assert "pip install moa-lm" in card
+    assert re.search(r"^q +█* +\d\.\d\d$", card, re.MULTILINE)
     assert not list(unbroken.rglob("*.bin"))
 
 

@@ -118,6 +118,11 @@ def features_of(module: nn.Module) -> tuple[int | None, int | None]:
     return _get_in_out_features(module)
 
 
+def adapters_of_wrapper(wrapper: nn.Module) -> set[str]:
+    """The adapters that a wrapper of ``modules_to_save`` or of trainable tokens holds something of."""
+    return set(wrapper._adapters)  # type: ignore[arg-type]
+
+
 def append_method(name: str) -> PeftType:
     """The member ``name`` of PEFT's closed enum of methods, appended if PEFT does not have it."""
     if name in PeftType.__members__:

@@ -29,6 +29,7 @@ from moa.evaluation.models import load
 from moa.evaluation.results import as_json, write
 from moa.evaluation.sets import EvaluationSet, evaluate_sets, load_sets
 from moa.tasks.bookings import BOOKINGS, EXPLANATION, INSTRUCTION
+from moa.training.card import add_accuracy
 from moa.training.recipe import Recipe
 
 RECIPE = "smollm2-soft-moa-bookings"
@@ -109,6 +110,7 @@ def keep(recipe: Recipe, data: EvaluationSet, adapter: Path, *, before: Result, 
     for name, result, used in (("before", before, None), ("after", after, str(adapter))):
         content = as_json([(data, result)], settings | {"adapter": used})
         write(adapter / f"accuracy_{name}.json", content | {"fields": field_shares(result)})
+    add_accuracy(adapter, data, {"the base, with the form explained": before, "with this adapter": after})
 
 
 def mean_gates(adapter: Path, data: EvaluationSet, dtype: str, rows: int = 16) -> tuple[Tensor, list[str]]:

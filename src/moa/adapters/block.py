@@ -20,6 +20,7 @@ from moa import _hosts
 from moa.adapters.architectures import BlockView
 from moa.adapters.context import BlockContext, Forward, Gate, Reading, bound_arguments, parameters_of_forward
 from moa.adapters.gating import Gates
+from moa.adapters.gradients import check_not_packed, four_bit_layers
 from moa.adapters.rematerialise import rematerialised
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.running_mean import Text, pool, text_of
@@ -51,6 +52,7 @@ class Mixture(RouterLayer):
         self.auxiliary: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
+        self._four_bit = tuple(four_bit_layers(view.module))
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []
         self._over_text: set[str] = set()  # adapters whose router reads more than a token
@@ -70,12 +72,16 @@ class Mixture(RouterLayer):
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
+        if self._four_bit and self.host.training and torch.is_grad_enabled():
+            check_not_packed(self._four_bit, self.index)
         now = self.context.open(hidden, self.host.training)
         past = None
-        if self._needs_text():
+        if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)
             past = arguments.get("past_key_values")
             now.tokens, now.starts = text_of(hidden, arguments, self.mask_hides, self.index)
+            for group in now.groups or ():
+                group.forward.tokens = None if now.tokens is None else group.of(now.tokens.unsqueeze(-1)).squeeze(-1)
         self._route(now, hidden, "block", past)
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,16 +91,28 @@ class Mixture(RouterLayer):
             self._route(now, hidden, "attention", past)
 
     def _route(self, now: Forward, features: Tensor, stage: str, past: Any) -> None:
-        for name in self.enabled(self.router):
-            router = self.router[name]
-            if router.input == stage:
-                read = features
-                if router.level != "token":
-                    read = pool(
-                        features, router.level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks
-                    )
-                gates: Gates = self(read, name, now.tokens)
-                now.gates[name] = columns_of(gates.weights, features.dtype, now.few)
+        if now.groups is None:
+            for name in self.enabled(self.router):
+                if self.router[name].input == stage:
+                    self._decide(now, name, self._pooled(now, name, features, past))
+            return
+        for group in now.groups:
+            name = group.adapter
+            if name in self.router and self.router[name].input == stage:
+                read = self._pooled(now, name, features, past)  # of all rows, as KV caches move them
+                with group.alone(self.context) as own:
+                    self._decide(own, name, group.input(read))
+
+    def _pooled(self, now: Forward, name: str, features: Tensor, past: Any) -> Tensor:
+        """What an adapter's router reads of ``features`` (batch, tokens, features)."""
+        level = self.router[name].level
+        if level == "token":
+            return features
+        return pool(features, level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks)
+
+    def _decide(self, now: Forward, name: str, read: Tensor) -> None:
+        gates: Gates = self(read, name, now.tokens)
+        now.gates[name] = columns_of(gates.weights, read.dtype, now.few)
 
     def _read(self, features: Tensor, adapter: str, matrices: Sequence[Tensor]) -> list[Tensor]:
         """With everybody who reads the same: what attention reads goes through the first matrices of q, k and v too."""
@@ -111,7 +129,9 @@ class Mixture(RouterLayer):
         """Remove a hook's ``handle`` when the mixture is taken off."""
         self._handles.append(handle)
 
-    def _needs_text(self) -> bool:
+    def _needs_text(self, now: Forward) -> bool:
+        if now.groups is not None:
+            return any(group.adapter in self._over_text for group in now.groups)
         if self.training and any(self.auxiliary[name] for name in self.enabled(self.auxiliary)):
             return True
         return bool(self._over_text) and bool(self.enabled(self._over_text))

@@ -18,9 +18,14 @@ LOAD = """## How to load
 With `pip install moa-lm`, PEFT loads this adapter like any other:
 
 ```python
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
+adapter = "path/to/this/adapter"
+model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 """
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.adapters.low_rank import FEW_TOKENS, read
+from moa.adapters.mixed_batch import Group, Names
 
 Gate: TypeAlias = float | Tensor | None
 """One gate: (batch, tokens, 1), or a number where there is just one token; None: not gated."""
@@ -41,9 +42,23 @@ class Forward:
         starts: (batch, tokens), True where a new document begins; None: one document per row.
         notes: expert -> whatever it saw before its host ran and needs afterwards.
         bypassed: experts leave their hosts' outputs as they are (while prompt keys are computed).
+        groups: the rows of each adapter, of which each has a forward of its own; None: all adapters see all rows.
     """
 
-    __slots__ = ("bypassed", "few", "gates", "notes", "read_input", "read_outputs", "starts", "tokens", "wide_input")
+    __slots__ = (
+        *(
+            "bypassed",
+            "few",
+            "gates",
+            "groups",
+            "notes",
+            "read_input",
+            "read_outputs",
+            "starts",
+            "tokens",
+            "wide_input",
+        ),
+    )
 
     def __init__(self, few: bool) -> None:
         self.few = few
@@ -55,6 +70,7 @@ class Forward:
         self.read_input: Tensor | None = None
         self.read_outputs: dict[Reader, list[Tensor]] = {}
         self.wide_input: tuple[Tensor, Tensor] | None = None
+        self.groups: list[Group] | None = None
 
     def gate(self, adapter: str, output: int | None, like: Tensor) -> Gate:
         """The gate of one router output in the shape and dtype of ``like`` (..., features).
@@ -101,15 +117,25 @@ class Forward:
 
 
 class BlockContext(threading.local):
-    """Where a block keeps its `Forward` of this thread; None while none is running."""
+    """Where a block keeps its `Forward` of this thread; None while none is running.
+
+    Attributes:
+        forward: see above.
+        names: whose the rows are; None: every active adapter's.
+    """
 
     forward: Forward | None = None
+    names: Names | None = None
 
     def open(self, hidden: Tensor, training: bool) -> Forward:
         """Start a forward on ``hidden`` (batch, tokens, features)."""
         inference = not training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self.forward = Forward(inference and hidden.shape[:-1].numel() <= FEW_TOKENS)
-        return self.forward
+        self.forward = now = Forward(inference and hidden.shape[:-1].numel() <= FEW_TOKENS)
+        if self.names is not None:
+            now.groups = self.names.groups(hidden, lambda tokens: Forward(inference and tokens <= FEW_TOKENS))
+            for group in now.groups:
+                group.forward.notes = now.notes
+        return now
 
     def close(self) -> None:
         self.forward = None

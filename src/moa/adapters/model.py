@@ -21,6 +21,7 @@ from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
+from moa.adapters.mixed_batch import read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.sharding import refuse_sharded
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
@@ -96,6 +97,8 @@ class MoAModel(BaseTuner):
                 inference_mode=peft_config.inference_mode,
             )
         share_inputs(mixture)
+        if any(_hides_children(placement.host.module) for placement in plan.placements):
+            mixture.keep(mixture.host.register_state_dict_post_hook(_add_hidden))
 
     def _expert_at(self, placement: Any, mixture: Mixture) -> ExpertLayer:
         """The layer at a placement's site, shared by all adapters that have this kind of expert there."""
@@ -140,12 +143,23 @@ class MoAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names: one batch cannot mix several Mixtures of Adapters; run one batch per adapter "
-                "and switch with set_adapter()"
-            )
-        yield
+        """As PEFT's: around a forward or ``generate``. ``adapter_names`` says whose the rows are."""
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+        given = next((tensor for tensor in inputs if tensor is not None), None)
+        names = read_names(kwargs["adapter_names"], list(self.peft_config), given, self.training)
+        contexts = [module.context for module in self.model.modules() if isinstance(module, Mixture)]
+        before = [context.names for context in contexts]
+        with tell_wrappers(self.model, names):
+            try:
+                for context in contexts:
+                    context.names = names
+                yield
+            finally:
+                for context, name in zip(contexts, before, strict=True):
+                    context.names = name
 
 
 def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -155,6 +169,18 @@ def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: 
         if mixture is not None and any(mixture.auxiliary[name] for name in mixture.enabled(mixture.auxiliary)):
             follow_loss(outputs, kwargs)
     return outputs
+
+
+def _hides_children(host: nn.Module) -> bool:
+    """Whether a base layer writes a state dict of its own, as HQQ's do, in which what is attached to it is missing."""
+    return type(host).state_dict is not nn.Module.state_dict
+
+
+def _add_hidden(block: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook: adds to a block's state dict the experts in layers that hide them."""
+    for name, layer in block.named_modules():
+        if isinstance(layer, ExpertLayer) and _hides_children(layer.host):
+            layer.state_dict(destination=state, prefix=f"{prefix}{name}.")
 
 
 # Roles whose experts usually read one and the same tensor. Whether they do is asked again at every forward.

@@ -104,6 +104,7 @@ class Attached(nn.Module, TunerLayer):
 
 MERGE_MESSAGE = (
     "a Mixture of Adapters cannot be merged into the base weights: its gates differ from token to token. Keep the "
-    "adapter beside the base model (save_pretrained, PeftModel.from_pretrained), or drop it with unload(). LoRA "
-    "experts without a router are plain LoRA, which merges: `moa export ADAPTER --to lora`."
+    "adapter beside the base model (save_pretrained, PeftModel.from_pretrained), or drop it with unload(). For plain "
+    "LoRA, which merges: `moa export ADAPTER --to lora`, exact for LoRA experts without a router, else fitted to the "
+    "mixture, with the gap measured."
 )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moa.cli.options import BaseOption, DtypeOption, TemplateOption
+
 
 class Target(StrEnum):  # typer offers the members as choices
     """What an adapter can become."""
@@ -19,14 +21,69 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[Path, typer.Option(help="Folder for the result, created if needed.")],
     to: Annotated[Target, typer.Option(help="What to write.")] = Target.lora,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to fit on, as for moa train; may be repeated. Default: what the adapter was trained on.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=10, help="Rows of each source; every fifth is measured on.")] = 320,
+    rank: Annotated[int | None, typer.Option(min=1, help="Default: as many parameters as the mixture has.")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of the fit; 0: the mean of the LoRA experts as it is.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
+    max_loss_gap: Annotated[
+        float, typer.Option(help="Write nothing if the answer loss is further above the mixture's, nats per token.")
+    ] = 0.05,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Write nothing if fewer of the mixture's greedy tokens are chosen.")
+    ] = 0.95,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    seed: Annotated[int, typer.Option(help="Of the draw of rows and the fit.")] = 0,
 ) -> None:
-    """Write an adapter as plain LoRA, where that computes the same: LoRA experts, no router, one copy of each.
+    """Write an adapter as plain LoRA, which PEFT, vLLM and llama.cpp load and which merges.
 
-    A mixture with gates is refused, because no single matrix computes what depends on the token.
+    LoRA experts without a router and with one copy each are LoRA already, and come out exactly. A mixture with gates is
+    none: a LoRA is fitted to it on text, and how far it is from the mixture on rows it was not fitted on is printed and
+    kept in gap.json. If that is too far, nothing is written.
 
-    Example: moa export runs/my-adapter --to lora --output runs/my-lora
+    Examples:
+        `moa export runs/plain --output runs/my-lora`
+
+        `moa export runs/mixture --output runs/my-lora --data train.jsonl --rank 32 --steps 500`
     """
-    from moa.integrations.lora import to_lora
+    from moa.integrations import lora
 
-    lora = to_lora(adapter, output)
-    typer.echo(f"wrote {output} ({to.value}, rank {lora.r}, on {', '.join(sorted(lora.target_modules or []))})")
+    if lora.is_exact(adapter):
+        written = lora.to_lora(adapter, output)
+        modules = ", ".join(sorted(written.target_modules or []))
+        typer.echo(f"wrote {output} ({to.value}, rank {written.r}, on {modules})")
+        return
+    from rich.console import Console
+
+    from moa.cli.tables import progress_bar
+    from moa.data import load_rows
+    from moa.evaluation import models
+    from moa.integrations.fitted_lora import fit_lora, save, sources_of_training
+
+    sources = data or sources_of_training(str(adapter))
+    rows = [row for source in sources for row in load_rows(source, split="train", limit=limit, seed=seed)]
+    loaded = models.load(str(adapter), base, dtype=dtype, template=template, spans="none")
+    with progress_bar(Console()) as bar:
+        line = bar.add_task("fitting LoRA to the mixture", total=steps)
+        student, gap = fit_lora(
+            loaded.model,
+            loaded.tokenizer,
+            rows,
+            template=loaded.template,
+            rank=rank,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda step: bar.update(line, completed=step),
+        )
+    gap.check(max_loss_gap, min_agreement)
+    save(student, gap, output)
+    typer.echo(f"wrote {output}, a LoRA that is near the mixture and not the same: {gap}")

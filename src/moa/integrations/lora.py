@@ -47,6 +47,15 @@ def to_lora(adapter: str | Path, output: str | Path) -> LoraConfig:
     return lora
 
 
+def is_exact(adapter: str | Path) -> bool:
+    """Whether `to_lora` is the way: the adapter is LoRA but for the names of its tensors, or no mixture at all."""
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, MoAConfig):
+        return True
+    plain = all(isinstance(expert, LoraExpert) and expert.copies.number == 1 for expert in config.experts)
+    return plain and config.router is None
+
+
 def _renamed(ours: dict[str, Tensor], config: MoAConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
     """PEFT's names for all tensors, and module -> projection."""
     found = {name: _OURS.fullmatch(name) for name in ours}
@@ -56,8 +65,8 @@ def _renamed(ours: dict[str, Tensor], config: MoAConfig) -> tuple[dict[str, Tens
         what = f"it also has {other[0]}" if other else f"it has {copies[0].copies.number} copies of an expert"
         raise ValueError(
             f"this adapter is not LoRA: {what}. What depends on the token cannot be written as one matrix, so only "
-            "LoRA experts with router=None and one copy, such as the preset 'lora', can be exported; serve this one "
-            "beside its base"
+            "LoRA experts with router=None and one copy, such as the preset 'lora', are LoRA exactly. `moa export` "
+            "fits one to a mixture on text and measures what that costs"
         )
     fused = _fused_modules(config)
     tensors, modules = {}, {}
@@ -86,7 +95,7 @@ def _configuration(config: MoAConfig, modules: dict[str, str], tensors: dict[str
         lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern={module: value for module, value in ranks.items() if value != rank},
         alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
-        target_modules=_targets(list(modules)),
+        target_modules=targets_of(list(modules)),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -102,7 +111,7 @@ def _expert(config: MoAConfig, module: str, target: str) -> LoraExpert:
     raise ValueError(f"no expert of the configuration sits on {module}")
 
 
-def _targets(modules: list[str]) -> list[str]:
+def targets_of(modules: list[str]) -> list[str]:
     """Last names where every block has the same ones, which serving engines prefer, else whole paths."""
     blocks: dict[str, set[str]] = {}
     for module in modules:

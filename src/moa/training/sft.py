@@ -204,5 +204,6 @@ def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
                 steps=trainer.state.global_step,
                 loss=loss,
                 trainable=trainer.model.get_nb_trainable_parameters()[0],
+                log=next((entry for entry in reversed(trainer.state.log_history) if "router/gate" in entry), None),
             )
             move_into(folder, written)

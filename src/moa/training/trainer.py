@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from moa.extras import extra
 from moa.training.checkpoints import WRITING, last_complete, publish, room_on_disk
-from moa.training.quantised import check_not_packed
 from moa.training.stops import Diverged, TrainingStopped
 
 with extra("train"):
@@ -30,10 +29,6 @@ class Trainer(SFTTrainer):
     def folder(self) -> Path:
         """The run's output."""
         return Path(self.args.output_dir)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        check_not_packed(self.model)
-        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -25,6 +25,7 @@ from moa import _hosts
 from moa.adapters.architectures import Host
 from moa.adapters.context import BlockContext, Forward, Gate, Weights, first_argument
 from moa.adapters.gating import GATINGS, Gates, Softmax
+from moa.adapters.gradients import check_gradient
 from moa.adapters.low_rank import widen
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.tuner import Attached
@@ -170,11 +171,28 @@ class ExpertLayer(Attached):
             return output
         y = output[0] if isinstance(output, tuple) else output
         x = self.input_of(module, args, kwargs, y)
-        for adapter in self.enabled():
-            if self.observers:
-                self.show(adapter, x, y)
-            y = self.apply_to(now, adapter, x, y)
+        if self.training:
+            check_gradient(self.site, module, x, y)
+        y = self.add_all(now, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def add_all(self, now: Forward, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` with the updates of all adapters that take part, each in its own rows if the batch mixes adapters."""
+        if now.groups is None:
+            for adapter in self.enabled():
+                y = self._add(now, adapter, x, y)
+            return y
+        for group in now.groups:
+            if group.adapter in self.output:
+                with group.alone(self.context) as own:
+                    added = self._add(own, group.adapter, group.input(x), group.of(y))
+                y = group.put(y, added, in_place=y is not x)
+        return y
+
+    def _add(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.observers:
+            self.show(adapter, x, y)
+        return self.apply_to(now, adapter, x, y)
 
     def show(self, adapter: str, x: Tensor, y: Tensor) -> None:
         """Let observers see what `update` is about to be given."""

@@ -182,7 +182,7 @@ class BottleneckLayer(ExpertLayer):
 
     def reader(self, adapter: str) -> list[Reading]:
         """Itself as one of `Forward.read`'s readers; empty if it cannot be served beside others."""
-        if adapter not in self.enabled():
+        if self._disable_adapters or adapter not in self.output:
             return []
         factors = self.factors(adapter)
         if factors.dropout is not None or _hosts.is_watched(factors.first):

@@ -80,8 +80,6 @@ class Ia3Layer(ExpertLayer):
 
     def _before_host(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_argument(args, kwargs)
-        for adapter in self.enabled():
-            if self.observers:
-                self.show(adapter, x, x)
-            x = self.apply_to(self.context.now, adapter, x, x)
+        if not self._disable_adapters:
+            x = self.add_all(self.context.now, x, x)
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})

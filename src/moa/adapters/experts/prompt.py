@@ -22,6 +22,7 @@ from moa import _hosts
 from moa.adapters import attention_interface
 from moa.adapters.context import Forward, bound_arguments, parameters_of_forward
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site, as_tensor
+from moa.adapters.gradients import check_gradient
 from moa.adapters.prompt_attention import KeptPrompt, Prompt, add_prompt, prompt_alone
 from moa.choices import check_range
 
@@ -114,15 +115,29 @@ class PromptLayer(ExpertLayer):
         now.notes["scaling"] = scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         arguments = now.notes[id(self)]
         hidden = arguments["hidden_states"]
-        for adapter in self.enabled():
-            if self.observers:
-                self.show(adapter, query, output.flatten(-2))
-            weights = self.weights(now, adapter, hidden)
-            if now.few and (not isinstance(weights, Tensor) or weights.shape[-1] == 1):
-                output = self._kept(now, adapter, query, scale).add_to(output, query, weights)
-            else:
-                output = add_prompt(output, query, self._prompt(now, adapter), scale, as_tensor(weights, hidden))
+        if self.training:
+            check_gradient(self.site, attention, hidden, query)
+        if now.groups is None:
+            for adapter in self.enabled():
+                output = self._attend(now, adapter, query, hidden, scale, output)
+            return output
+        for group in now.groups:
+            if group.adapter in self.output:
+                with group.alone(self.context) as own:
+                    rows = (group.of(query), group.input(hidden), scale, group.of(output))
+                    output = group.put(output, self._attend(own, group.adapter, *rows), in_place=True)
         return output
+
+    def _attend(
+        self, now: Forward, adapter: str, query: Tensor, hidden: Tensor, scale: float, output: Tensor
+    ) -> Tensor:
+        """``output`` with what the queries find in one adapter's prompt."""
+        if self.observers:
+            self.show(adapter, query, output.flatten(-2))
+        weights = self.weights(now, adapter, hidden)
+        if now.few and (not isinstance(weights, Tensor) or weights.shape[-1] == 1):
+            return self._kept(now, adapter, query, scale).add_to(output, query, weights)
+        return add_prompt(output, query, self._prompt(now, adapter), scale, as_tensor(weights, hidden))
 
     def _kept(self, now: Forward, adapter: str, query: Tensor, scaling: float) -> KeptPrompt:
         kept = self.kept.get(adapter)
