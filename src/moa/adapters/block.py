@@ -65,8 +65,13 @@ class Mixture(RouterLayer):
             self._over_text.add(adapter)
         self.columns[adapter] = columns
         self.column_outputs[adapter] = outputs
+        self.hook()
+
+    def hook(self) -> None:
+        """Take part in attention's forward, if a router reads what attention reads."""
         (attention,) = self.attention
-        if router.input == "attention" and not self._parameters_of_attention:
+        wanted = any(router.input == "attention" for router in self.router.values())
+        if wanted and not self._parameters_of_attention:
             self._parameters_of_attention = parameters_of_forward(type(attention))
             self.keep(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))  # type: ignore[union-attr]
 
@@ -139,6 +144,8 @@ class Mixture(RouterLayer):
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        self._parameters_of_attention = []
 
 
 def columns_of(weights: Tensor, dtype: torch.dtype, few: bool) -> Sequence[Gate]:

@@ -19,6 +19,7 @@ from moa.cli.inspect import inspect
 from moa.cli.keys import ANY_FLAG, KeysCommand, StudyKeysCommand
 from moa.cli.recipes import recipes
 from moa.cli.schema import schema
+from moa.cli.serve import serve
 from moa.cli.spans import spans
 from moa.cli.train import train
 from moa.cli.watch import watch
@@ -54,6 +55,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command()(export)
+app.command(context_settings=ANY_FLAG)(serve)
 app.command()(import_reference)
 app.command()(schema)
 app.command()(env)

@@ -101,9 +101,11 @@ def check_template(tokenizer: Any, template: str, base: str) -> None:
 
 
 def _opening(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """What the tokenizer's post-processor puts before a text, such as the begin-of-text token; nothing for chats."""
-    if isinstance(prompt, Chat):
-        return []
+    return [] if isinstance(prompt, Chat) else opening(tokenizer)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer's post-processor puts before a text, such as the begin-of-text token; chats get nothing."""
     bare = _ids(tokenizer, "a")
     whole = list(tokenizer("a")["input_ids"])
     for place in range(len(whole) - len(bare) + 1):

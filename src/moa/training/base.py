@@ -80,7 +80,7 @@ def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
     """
     source = existing(str(path), "adapter")
     if Path(source).is_dir():
-        _check_folder(Path(source))
+        check_folder(Path(source))
     try:
         model = PeftModel.from_pretrained(base_model, source)
     except OSError as error:
@@ -108,7 +108,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Everything that can be said before the base model is touched."""
     kind = _read_config(folder).get("peft_type")
     if kind != "MOA":

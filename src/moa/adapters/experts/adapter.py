@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moa.adapters.context import Forward
 from moa.adapters.experts.base import ExpertLayer, Site
+from moa.adapters.experts.forms import Reads
 from moa.adapters.experts.parallel import ParallelExpert, ParallelLayer
 
 
@@ -35,6 +36,7 @@ class AdapterLayer(ParallelLayer):
     """Weights as a `ParallelLayer`'s, from and to the width of attention's output."""
 
     config = AdapterExpert
+    reads = Reads.OUTPUT
 
     @property
     def in_features(self) -> int:

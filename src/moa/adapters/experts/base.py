@@ -1,8 +1,9 @@
 """The contract of an expert kind: two classes in one file.
 
 - A configuration, subclass of `ExpertConfig`: what the user may set, and `sites`, where in a block it sits.
-- A layer, subclass of `ExpertLayer`: `build` makes the weights of an adapter, and `update` says what an input adds to
-  the host's output. Everything else, from the loop over adapters to the cast back into the host's dtype, is here.
+- A layer, subclass of `ExpertLayer`: `build` makes the weights of an adapter, `update` says what an input adds to the
+  host's output, and `form` says the same in the terms of engines that serve. Everything else, from the loop over
+  adapters to the cast back into the host's dtype, is here.
 
 Who wants to know what experts do, such as `moa.inspection`, adds itself to a layer's ``observers`` and asks `update`.
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from moa import _hosts
 from moa.adapters.architectures import Host
 from moa.adapters.context import BlockContext, Forward, Gate, Weights, first_argument
+from moa.adapters.experts.forms import Form
 from moa.adapters.gating import GATINGS, Gates, Softmax
 from moa.adapters.gradients import check_gradient
 from moa.adapters.low_rank import widen
@@ -157,6 +159,19 @@ class ExpertLayer(Attached):
         """
         raise NotImplementedError
 
+    def form(self, adapter: str) -> Form:
+        """What serving engines compute in place of `update`: see `moa.adapters.experts.forms`.
+
+        Asked while the block's forward runs, so that a kind may ask the base's modules something.
+
+        Raises:
+            ValueError: this kind has no such form.
+        """
+        raise ValueError(
+            f"the {self.config.kind} expert does not say its form, so no engine can serve it: give its layer, "
+            f"{type(self).__name__}, a method form()"
+        )
+
     def hook(self) -> None:
         """Take part in the host's forward; here by adding to its output."""
         self.add_hook(self.host, after=self._after_host)
@@ -272,8 +287,10 @@ class ExpertLayer(Attached):
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     def detach(self) -> None:
+        """Take no part in the host's forward any more, until `hook` is called again."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
 
 def children_of(layer: ExpertLayer, adapter: str) -> nn.Module:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moa import _hosts
 from moa.adapters.context import Forward, Reading
 from moa.adapters.experts.base import ExpertLayer, as_tensor
-from moa.adapters.low_rank import Part, read, tiled, weighted, write
+from moa.adapters.experts.forms import Bottleneck, Reads
+from moa.adapters.low_rank import Part, read, tiled, weighted, widen, write
 
 
 class UpProjection(nn.Module):
@@ -114,6 +115,23 @@ class BottleneckLayer(ExpertLayer):
     def factors(self, adapter: str) -> Factors:
         """The adapter's bottleneck."""
         raise NotImplementedError
+
+    @property
+    def reads(self) -> Reads:
+        """What the expert reads."""
+        return Reads.INPUT if self.place.source is self.host else Reads.SOURCE
+
+    def form(self, adapter: str) -> Bottleneck:
+        factors = self.factors(adapter)
+        up = factors.second.weight.t() * factors.scaling  # type: ignore[operator]
+        width, biases = len(up), 0
+        if isinstance(factors.second, UpProjection):
+            biases = len(factors.second.bias)
+            up = torch.cat([up, factors.second.bias])
+        first = factors.first
+        return Bottleneck(
+            self.reads, first.weight, first.bias, factors.activation, widen(up, self.place.part), width, biases
+        )
 
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """By calling the layers, as offloading and ZeRO want it; out of place."""

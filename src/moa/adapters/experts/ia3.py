@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from moa.adapters.context import first_argument
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.choices import check_names
+from moa.adapters.experts.forms import Rescaling as RescalingForm
+from moa.adapters.low_rank import widen
 
 TARGETS = ("k", "v", "down")
 
@@ -73,6 +75,10 @@ class Ia3Layer(ExpertLayer):
     def build(self, adapter: str, config: Ia3Expert, init_weights: bool) -> None:
         features = self.place.in_features if self.reads else self.place.out_features
         self.moa_scale[adapter] = Rescaling(config.copies.number, features, init_weights)
+
+    def form(self, adapter: str) -> RescalingForm:
+        change = self.moa_scale[adapter].weight
+        return RescalingForm(self.reads, change if self.reads else widen(change, self.place.part))  # type: ignore[arg-type]
 
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """In the wider dtype: in bfloat16, ``1 + change`` would lose what the expert learns."""

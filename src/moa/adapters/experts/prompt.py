@@ -102,6 +102,9 @@ class PromptLayer(ExpertLayer):
         now = self.context.now
         return prompt_alone(x, self._prompt(now, adapter), now.notes["scaling"], weights).flatten(-2)
 
+    def form(self, adapter: str) -> Prompt:
+        return self._prompt(self.context.now, adapter)
+
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self.context.forward
         if now is not None and not now.bypassed:
