@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli.options import BaseOption, DtypeOption, TemplateOption
+from moa.cli.options import BaseOption, Dtype, DtypeOption, TemplateOption
 
 
 class Target(StrEnum):  # typer offers the members as choices
@@ -40,7 +40,7 @@ def export(
     ] = 0.95,
     base: BaseOption = None,
     template: TemplateOption = None,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Of the draw of rows and the fit.")] = 0,
 ) -> None:
     """Write an adapter as plain LoRA, which PEFT, vLLM and llama.cpp load and which merges.

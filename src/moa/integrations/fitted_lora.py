@@ -21,12 +21,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from moa.adapters.architectures import PROJECTIONS, find_module, linear_size
-from moa.adapters.choices import check_range
 from moa.adapters.decoder import view_blocks
 from moa.adapters.experts.lora import LoraLayer
 from moa.adapters.low_rank import spread, widen
 from moa.adapters.members import active_adapters, experts_of, mixtures_of
 from moa.adapters.telemetry import gate_values
+from moa.choices import check_range
 from moa.data.tokens import Tokens, example_tokens
 from moa.evaluation.generation import context
 from moa.integrations.gap import Gap, answer_logits, in_batches, loss_of, own_answers, padded, repeats

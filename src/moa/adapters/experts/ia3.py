@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from moa.adapters.context import first_argument
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
-from moa.choices import check_names
 from moa.adapters.experts.forms import Rescaling as RescalingForm
 from moa.adapters.low_rank import widen
+from moa.choices import check_names
 
 TARGETS = ("k", "v", "down")
 
