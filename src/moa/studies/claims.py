@@ -6,6 +6,7 @@ from dataclasses import field
 
 from moa.choices import check_choice, nearest
 from moa.settings import Several, settings
+from moa.studies.methods import whole
 
 
 @settings
@@ -23,10 +24,11 @@ class Claim:
     better: str = ""
     than: Several[str] = field(default_factory=list)
     text: str = ""
-    budgets: list[float] = field(default_factory=list)
+    budgets: Several[float] = field(default_factory=list)
     metric: str = ""
 
     def __post_init__(self) -> None:
+        self.budgets = [whole(budget) for budget in self.budgets]
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
     def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
