@@ -116,7 +116,7 @@ class Mixture(RouterLayer):
             name = group.adapter
             if name in self.router and self.router[name].input == stage:
                 read = self._pooled(now, name, features, past)  # of all rows, as KV caches move them
-                with group.alone(self.context) as own:
+                with self.context.alone(group) as own:
                     self._decide(own, name, group.input(read))
 
     def _pooled(self, now: Forward, name: str, features: Tensor, past: Any) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -72,7 +73,7 @@ class Forward:
         self.read_input: Tensor | None = None
         self.read_outputs: dict[Reader, list[Tensor]] = {}
         self.wide_input: tuple[Tensor, Tensor] | None = None
-        self.groups: list[Group] | None = None
+        self.groups: list[Group[Forward]] | None = None
 
     def gate(self, adapter: str, output: int | None, like: Tensor) -> Gate:
         """The gate of one router output in the shape and dtype of ``like`` (..., features).
@@ -147,6 +148,15 @@ class BlockContext(threading.local):
 
     def close(self) -> None:
         self.forward = None
+
+    @contextmanager
+    def alone(self, group: Group[Forward]) -> Iterator[Forward]:
+        """Inside, the block's forward is that of the group's rows."""
+        whole, self.forward = self.forward, group.forward
+        try:
+            yield group.forward
+        finally:
+            self.forward = whole
 
     @property
     def now(self) -> Forward:

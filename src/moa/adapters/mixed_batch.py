@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from moa import _hosts
 
-if TYPE_CHECKING:
-    from moa.adapters.context import BlockContext, Forward
+F = TypeVar("F")
+"""A block's forward, `moa.adapters.context.Forward`."""
 
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
 
-class Group:
+class Group(Generic[F]):
     """The rows of one adapter in one block's forward.
 
     Attributes:
@@ -33,7 +33,7 @@ class Group:
         forward: what the adapter's experts find in place of the block's own: gates and inputs of these rows.
     """
 
-    def __init__(self, adapter: str, rows: Tensor, batch: int, forward: Forward):
+    def __init__(self, adapter: str, rows: Tensor, batch: int, forward: F):
         self.adapter = adapter
         self.rows = rows
         self.batch = batch
@@ -68,15 +68,6 @@ class Group:
             f"adapter_names: an expert's tensor of shape {tuple(x.shape)} does not show {self.batch} rows"
         )
 
-    @contextmanager
-    def alone(self, context: BlockContext) -> Iterator[Forward]:
-        """Inside, the block's forward is that of these rows."""
-        whole, context.forward = context.forward, self.forward
-        try:
-            yield self.forward
-        finally:
-            context.forward = whole
-
 
 class Names:
     """Whose the rows of a batch are.
@@ -104,8 +95,8 @@ class Names:
             )
         return [name for name in self.names for _ in range(repeats)]
 
-    def groups(self, hidden: Tensor, forward: Callable[[int], Forward]) -> list[Group]:
-        """Of a block's input (batch, tokens, features); ``forward`` makes a `Forward` for so many tokens."""
+    def groups(self, hidden: Tensor, forward: Callable[[int], F]) -> list[Group[F]]:
+        """Of a block's input (batch, tokens, features); ``forward`` makes what so many tokens are given."""
         names = self.of_rows(len(hidden))
         groups = []
         for adapter in dict.fromkeys(names):

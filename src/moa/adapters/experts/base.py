@@ -199,7 +199,7 @@ class ExpertLayer(Attached):
             return y
         for group in now.groups:
             if group.adapter in self.output:
-                with group.alone(self.context) as own:
+                with self.context.alone(group) as own:
                     added = self._add(own, group.adapter, group.input(x), group.of(y))
                 y = group.put(y, added, in_place=y is not x)
         return y

@@ -127,7 +127,7 @@ class PromptLayer(ExpertLayer):
             return output
         for group in now.groups:
             if group.adapter in self.output:
-                with group.alone(self.context) as own:
+                with self.context.alone(group) as own:
                     rows = (group.of(query), group.input(hidden), scale, group.of(output))
                     output = group.put(output, self._attend(own, group.adapter, *rows), in_place=True)
         return output
