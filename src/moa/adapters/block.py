@@ -82,9 +82,7 @@ class Mixture(RouterLayer):
 
     def width(self, router: Router) -> int:
         """Of what attention reads, which in some families is more than the block does."""
-        return (
-            self._attention_width if router.input == "attention" and self.attention[0] is not None else self.in_features
-        )
+        return self._attention_width if router.input == "attention" else self.in_features
 
     def open(self, hidden: Tensor, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""

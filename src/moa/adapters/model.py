@@ -86,7 +86,8 @@ class MoAModel(BaseTuner):
         mixture.auxiliary[adapter_name] = any(gating.has_auxiliary_loss for gating in gatings)
         if peft_config.router is not None and plan.placements:
             mixture.set_router(adapter_name, peft_config.router, plan.columns, plan.outputs)
-            mixture.add_router(adapter_name, peft_config.router, peft_config.gating, max(plan.outputs) + 1)
+            router = mixture.router[adapter_name]
+            mixture.add_router(adapter_name, router, peft_config.gating, max(plan.outputs) + 1)
             mixture.finish_adapter(adapter_name, peft_config.inference_mode)
         for placement in plan.placements:
             expert = self._expert_at(placement, mixture)

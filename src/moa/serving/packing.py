@@ -133,7 +133,7 @@ class PackedBlock(nn.Module):
         ]
         self._add_routers(mixture)
         self._add_experts(forms)
-        self._share_reading(mixture)
+        self._share_reading()
 
     # --- building -----------------------------------------------------------------------------------------------------
 
@@ -183,14 +183,15 @@ class PackedBlock(nn.Module):
         place = _parameter_of(self._mixture[0]).device
         self.register_buffer("columns", torch.tensor(columns, device=place), persistent=False)
 
-    def _share_reading(self, mixture: Mixture) -> None:
+    def _share_reading(self) -> None:
         """Stack what reads one tensor: routers, and with those at attention the bottlenecks of q, k and v."""
         self._shared: dict[str, list[int]] = {"block": [], "attention": []}
         if self.routers["attention"]:
+            read = self.routers["attention"][0].weight.shape[1]
             for index, (host, _, reads) in enumerate(self._hosts):
                 roles = {layer.role for layer in self._experts if layer.place.module is host}
                 width = self.bottlenecks[index].down.shape[1]
-                if reads is Reads.INPUT and roles <= {"q", "k", "v"} and width == mixture.in_features:
+                if reads is Reads.INPUT and roles <= {"q", "k", "v"} and width == read:
                     self._shared["attention"].append(index)
         for stage, routers in self.routers.items():
             readers = [*((router.weight, router.bias) for router in routers)]  # type: ignore[union-attr]

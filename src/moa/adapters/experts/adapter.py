@@ -7,9 +7,8 @@ before the residual stream. LoRA experts on that projection come first. Its weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa.adapters.context import Forward
 from moa.adapters.experts.base import ExpertLayer, Site
@@ -37,13 +36,6 @@ class AdapterLayer(ParallelLayer):
 
     config = AdapterExpert
     reads = Reads.OUTPUT
-
-    @property
-    def in_features(self) -> int:
-        return self.place.out_features
-
-    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        return y
 
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Out of place: ``y`` is also ``x``, which backward needs as it was."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa import _hosts
-from moa.adapters.context import Forward, Reading
+from moa.adapters.context import Forward, Reading, first_argument
 from moa.adapters.experts.base import ExpertLayer, as_tensor
 from moa.adapters.experts.forms import Bottleneck, Reads
 from moa.adapters.low_rank import Part, read, tiled, weighted, widen, write
@@ -109,25 +109,41 @@ class BottleneckLayer(ExpertLayer):
     """An expert that says its `Factors`.
 
     Attributes:
+        reads: what the expert reads; an input of a module that comes before the host is noted when that is called.
         readers: experts (and the router) that are likely to read the same input as this one, itself among them.
         quick: adapter -> the `Quick` that last served few tokens.
     """
 
+    reads: Reads = Reads.INPUT
     readers: Sequence[BottleneckLayer] = ()
     scaling: Mapping[str, float] = {}
 
     def hook(self) -> None:
         self.quick: dict[str, Quick] = {}
         super().hook()
+        if self.reads is not Reads.OUTPUT and self.place.source is not self.host:
+            self.reads = Reads.SOURCE
+            self.add_hook(self.place.source, before=self._before_source)
+
+    def _before_source(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.context.forward is not None:
+            self.context.forward.notes[id(self)] = first_argument(args, kwargs)
+
+    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        if self.reads is Reads.INPUT:
+            return first_argument(args, kwargs)
+        if self.reads is Reads.OUTPUT:
+            return y
+        noted: Tensor = self.context.now.notes[id(self)]
+        return noted
+
+    @property
+    def in_features(self) -> int:
+        return self.place.out_features if self.reads is Reads.OUTPUT else self.place.in_features
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's bottleneck."""
         raise NotImplementedError
-
-    @property
-    def reads(self) -> Reads:
-        """What the expert reads."""
-        return Reads.INPUT if self.place.source is self.host else Reads.SOURCE
 
     def form(self, adapter: str) -> Bottleneck:
         factors = self.factors(adapter)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from moa.adapters.architectures import Host
-from moa.adapters.context import BlockContext, first_argument
+from moa.adapters.context import BlockContext
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.bottleneck import BottleneckLayer, Factors, UpProjection
 from moa.choices import check_choice, check_range
@@ -51,22 +51,6 @@ class ParallelLayer(BottleneckLayer):
     def __init__(self, site: str, host: Host, context: BlockContext):
         super().__init__(site, host, context)
         self.activation: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def hook(self) -> None:
-        """Where a block calls the layers of its MLP itself, what the first one reads is noted for the last one."""
-        super().hook()
-        if self.place.source is not self.host:
-            self.add_hook(self.place.source, before=self._before_mlp)
-
-    def _before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.context.forward is not None:
-            self.context.forward.notes[id(self)] = first_argument(args, kwargs)
-
-    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        if self.place.source is self.host:
-            return first_argument(args, kwargs)
-        noted: Tensor = self.context.now.notes[id(self)]
-        return noted
 
     def build(self, adapter: str, config: ParallelExpert, init_weights: bool) -> None:
         copies = config.copies
