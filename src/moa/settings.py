@@ -123,7 +123,9 @@ def save(values: Any, path: Path) -> None:
     """Write every key, beside what was made with them, so that it can be made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    draft = path.with_name(f".{path.name}.part")  # whoever reads finds all of it or nothing
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def describe(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
