@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from moa.adapters.block import Mixture
-from moa.adapters.experts import ExpertLayer
-from moa.adapters.placement import column_position
+from moa.adapters.experts.base import ExpertLayer, column_position
 
 
 def mixtures_of(model: nn.Module) -> list[Mixture]:

@@ -12,11 +12,8 @@ from dataclasses import dataclass, field
 from moa.adapters.architectures import PROJECTIONS, BlockView, Host
 from moa.adapters.attention_interface import uses_interface
 from moa.adapters.config import MoAConfig
-from moa.adapters.experts import ExpertConfig
+from moa.adapters.experts.base import ExpertConfig, column_position
 from moa.adapters.structure import describe
-
-# The official implementation's order of gates; experts of other kinds come after, in the order of the configuration.
-COLUMN_ORDER = ("lora", "q", "k", "v", "prompt", "o", "up", "gate", "down", "parallel")
 
 PROBED = ("position_embeddings", "attention_mask")
 """What the prompt expert can give to an attention module beside its tokens."""
@@ -77,12 +74,6 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
             "smaller k, or give the block more experts"
         )
     return plan
-
-
-def column_position(name: str) -> int:
-    """Where a gate column stands among the others; unknown names come last."""
-    name = name.partition("#")[0]
-    return COLUMN_ORDER.index(name) if name in COLUMN_ORDER else len(COLUMN_ORDER)
 
 
 def _placements(config: MoAConfig, block: BlockView, family: str) -> Iterator[Placement]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from moa import _hosts
 from moa.adapters.block import Mixture
+from moa.adapters.experts.base import column_position
 from moa.adapters.gating import Gates
 from moa.adapters.members import active_adapters, experts_of, mixtures_of
-from moa.adapters.placement import column_position
 from moa.adapters.routers import RouterLayer
 
 DEAD = 0.01

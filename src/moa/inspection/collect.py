@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moa.adapters.experts.base import column_position
 from moa.adapters.gating import Gating
 from moa.adapters.members import experts_of, mixtures_of
-from moa.adapters.placement import column_position
 from moa.adapters.telemetry import Decisions, Place, copy_names, gate_values
 
 

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moa.training.checkpoints import room_on_disk
-from moa.training.routing import RouterCallback
 
 PROGRESS_NAME = "progress.json"
 
 
 class Progress(TrainerCallback):
-    """Keeps ``progress.json``: ``step``, ``steps``, and what `RouterCallback.seen` says of every router.
+    """Keeps ``progress.json``: ``step``, ``steps``, and what is known of every router.
 
     Args:
         folder: of the run.
-        router: what counts the gates, or None for an adapter without a router.
+        routers: asked for one JSON object per router.
     """
 
-    def __init__(self, folder: Path, router: RouterCallback | None):
+    def __init__(self, folder: Path, routers: Callable[[], list[dict[str, Any]]]):
         self.path = folder / PROGRESS_NAME
-        self.router = router
+        self.routers = routers
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        routers = self.router.seen if self.router else []
-        text = json.dumps({"step": state.global_step, "steps": state.max_steps, "routers": routers})
+        text = json.dumps({"step": state.global_step, "steps": state.max_steps, "routers": self.routers()})
         draft = self.path.with_name(f".{self.path.name}.part")
         with room_on_disk(self.path.parent, self.path.name):
             draft.write_text(text, encoding="utf-8")

@@ -75,7 +75,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     trainer = _trainer(recipe, model, tokenizer, _dataset(examples, recipe), [LogFile(folder), interrupt, data])
     mixture = isinstance(trainer.model.active_peft_config, MoAConfig)  # a recipe may name a method of PEFT's own
-    trainer.add_callback(Progress(folder, log_router(trainer) if mixture else None))
+    router = log_router(trainer) if mixture else None
+    trainer.add_callback(Progress(folder, lambda: router.seen if router else []))
     if trainer.is_world_process_zero():
         _tell_sizes(trainer, examples, recipe.data.max_length)
     if trainer.is_world_process_zero():

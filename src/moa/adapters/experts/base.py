@@ -46,6 +46,16 @@ class Site(NamedTuple):
     role: str
 
 
+# The official implementation's order of gates; experts of other kinds come after, in the order of the configuration.
+COLUMN_ORDER = ("lora", "q", "k", "v", "prompt", "o", "up", "gate", "down", "parallel")
+
+
+def column_position(site: str) -> int:
+    """Where a site's gate column stands among the others; unknown names come last."""
+    name = site.partition("#")[0]
+    return COLUMN_ORDER.index(name) if name in COLUMN_ORDER else len(COLUMN_ORDER)
+
+
 @dataclass
 class Copies:
     """Several homogeneous copies of an expert at the same site under a router of their own.
