@@ -167,3 +167,10 @@ def test_heatmap_colours_follow_the_numbers():
     assert "48;2;253;231;37" in styled  # the highest, bright
     assert styled.count("48;2;33;145;140") == 2
     console.print(heatmap([[0.5]], ["block 0"], ["q"]))  # one value: no division by zero
+
+
+@pytest.mark.parametrize(("emulated", "dtype"), [(True, "float32"), (False, "bfloat16")])
+def test_it_runs_in_the_dtype_that_the_processor_has(emulated: bool, dtype: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parts, "emulates_bfloat16", lambda: emulated)
+    assert parts.recipe_of(tmp_path, 0).dtype == dtype
+    assert parts.recipe_of(tmp_path, 0, {"dtype": "float32"}).dtype == "float32"

@@ -320,3 +320,21 @@ def test_a_card_shows_gates_and_accuracy_and_its_snippet_runs(tmp_path: Path):
     found: dict = {}
     exec(snippet.replace("path/to/this/folder", str(tmp_path)), found)
     assert type(found["model"]).__name__ == "PeftModelForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "emulated"),
+    [("x86_64", "AVX2", True), ("x86_64", "AVX512", False), ("arm64", "DEFAULT", False)],
+)
+def test_a_processor_without_bfloat16_is_named(
+    machine: str, capability: str, emulated: bool, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, recwarn
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    load_base(str(tiny_base), "float32")
+    assert not recwarn
+    load_base(str(tiny_base), "bfloat16")
+    assert [str(one.message) for one in recwarn] == [
+        "this processor has no bfloat16 instructions and is many times slower in it: use dtype float32"
+    ] * emulated

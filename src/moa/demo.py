@@ -29,6 +29,7 @@ from moa.evaluation.models import load
 from moa.evaluation.results import as_json, write
 from moa.evaluation.sets import EvaluationSet, evaluate_sets, load_sets
 from moa.tasks.bookings import BOOKINGS, EXPLANATION, INSTRUCTION
+from moa.training.base import emulates_bfloat16
 from moa.training.card import add_accuracy
 from moa.training.recipe import Recipe
 
@@ -41,8 +42,9 @@ Progress = Callable[[int], object]
 
 
 def recipe_of(output: Path, seed: int, overrides: dict[str, str] | None = None) -> Recipe:
-    """The demonstration's recipe, for this folder and seed."""
-    return Recipe.load(RECIPE, {"output": str(output), "seed": str(seed)} | (overrides or {}))
+    """The demonstration's recipe, for this folder and seed, in the dtype that this machine is fast in."""
+    fast = {"dtype": "float32"} if emulates_bfloat16() else {}
+    return Recipe.load(RECIPE, {"output": str(output), "seed": str(seed)} | fast | (overrides or {}))
 
 
 def test_set(rows: int, seed: int) -> EvaluationSet:
