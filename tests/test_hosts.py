@@ -50,6 +50,12 @@ def test_whoever_hooks_a_module_watches_it():
     assert _hosts.is_watched(layer)
 
 
+def test_the_compiler_knows_what_stays_where_it_is():
+    tensor = torch.zeros(2)
+    _hosts.keep_address(tensor)
+    assert torch._dynamo.utils.get_static_address_type(tensor)
+
+
 def test_views_are_told_from_tensors():
     x = torch.zeros(4, requires_grad=True) * 1
     assert _hosts.is_view(x[1:])

@@ -68,6 +68,11 @@ def saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}", None)
 
 
+def keep_address(tensor: Tensor) -> None:
+    """Tell the compiler that a tensor stays where it is, so that a CUDA graph may change it in place."""
+    torch._dynamo.mark_static_address(tensor)
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from moa.spans import SpanPlan, apply_spans, cache_bytes
-from moa.spans.identity import family
+from moa.spans.model import family
 from moa.spans.runtime.cache import SpanLayer
 
 LENGTH = 40

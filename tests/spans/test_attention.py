@@ -19,8 +19,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import moa
 from moa.spans import SpanPlan, apply_spans
-from moa.spans.layout import Sight, positions
-from moa.spans.runtime import columns, kernels
+from moa.spans.runtime import kernels
+from moa.spans.runtime.ring import Ring
+from moa.spans.runtime.visibility import Sight, TextMask
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spans"
 
@@ -56,29 +57,23 @@ def test_published_plans_expect_1024_more_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
-@pytest.mark.parametrize("padded", ["", "one of two rows", "one row"])
-@pytest.mark.parametrize("old", [0, 23])
+@pytest.mark.parametrize("counted", ["by the host", "on the device"])
+@pytest.mark.parametrize("old", [0, 2, 23, 40])
 def test_chunks_are_one_masked_attention(
-    monkeypatch: pytest.MonkeyPatch, blockwise: bool, padded: str, old: int
+    monkeypatch: pytest.MonkeyPatch, blockwise: bool, counted: str, old: int
 ) -> None:
-    """However the queries are cut, and whatever chunks skip."""
-    monkeypatch.setattr(columns, "SMALLEST", 5)
-    monkeypatch.setattr(columns, "LARGEST", 9)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, h, n, 8, generator=generator) for h, n in ((4, 70), (2, 70 + old), (2, 70 + old))
-    )
-    tokens = None
-    if padded:
-        tokens = torch.ones(2, 70 + old, dtype=torch.bool)
-        tokens[1, :11] = tokens[1, 40:43] = False  # on the left, and in the middle as in a second turn
-        tokens = tokens[-1 if padded == "one row" else 0 :]
-        query, key, value = query[: len(tokens)], key[: len(tokens)], value[: len(tokens)]
-    at, place = positions(0, 70 + old, tokens, query.device)
-    at = at[:, old:]
-    text = columns.Places(at, place) if padded else columns.Run(0, 0, old, 70, query.device)
-    sight = Sight(4, 4, blockwise)
-    lengths = []
+    """However the queries are cut, and whatever chunks skip; on the device, the second row has three tokens less."""
+    monkeypatch.setattr(kernels, "SMALLEST", 5)
+    monkeypatch.setattr(kernels, "LARGEST", 9)
+    generator, span, sink = torch.Generator().manual_seed(0), 24, 4
+    query = torch.randn(2, 4, 70, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 70 + old, 8, generator=generator) for _ in range(2))
+    counts = [old, max(old - 3 * (counted == "on the device"), 0)]
+    count = old if counted == "by the host" else torch.tensor(counts)
+    sight, ring, lengths = Sight(sink, 4, blockwise), None, []
+    if old:
+        ring = Ring((0, 1), span, sink, *(torch.zeros(2, 2, span, 8) for _ in range(2)))
+        ring.store(key[:, :, :old], value[:, :, :old], 0, ring.places(count))
 
     class Kernel:
         dtype = torch.float32
@@ -91,23 +86,32 @@ def test_chunks_are_one_masked_attention(
             lengths.append(k.shape[2])
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
-    got = columns.attend(Kernel(), query, key, value, text, 24, sight)
-    whole = sight.visible(at, place, 24)[:, None]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, whole, enable_gqa=True)
-    real = (place[:, old:] < 1000)[:, None, :, None].expand_as(got)
-    torch.testing.assert_close(got[real], expected[real])
-    assert max(lengths) <= 24 + 9 + 4 + 14 * bool(padded)  # the span, a chunk, a block, and padding
+    prompt = kernels.Prompt(Kernel(), sight, count if old else 0, TextMask(None, lambda: None))
+    got = prompt.attend(query, key[:, :, old:], value[:, :, old:], span, ring)
+    for row, before in enumerate(counts):
+        keys, values = (torch.cat([t[row, :, :before], t[row, :, old:]], 1)[None] for t in (key, value))
+        place = torch.arange(before + 70)
+        held = (place < sink) | (place >= before - span + sink)
+        seen = sight.visible(place[before:], place, span) & held
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row : row + 1], keys, values, seen, enable_gqa=True
+        )
+        torch.testing.assert_close(got[row], expected[0])
+    assert max(lengths) <= span + 9 + 4 + (span + sink if old else 0)  # the span, a chunk, a block, and what is kept
+
+
+CROSSINGS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "lift_fresh")
 
 
 class Asked(TorchDispatchMode):
-    """What the host asks of a tensor's values: on an accelerator it would wait there."""
+    """What the host asks of a tensor's values, or makes of its own numbers: an accelerator is waited for there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")):
+        if any(name in str(func) for name in CROSSINGS):
             self.found.append("".join(traceback.format_stack(limit=12)))
         return func(*args, **(kwargs or {}))
 
@@ -139,7 +143,81 @@ def test_padding_asks_once_a_forward() -> None:
                     step = {"attention_mask": mask[:, : place + 1], "past_key_values": cache}
                     model(tokens[:, place : place + 1], **step)
         counts.append(len(asked.found))
-    assert counts[0] == counts[1] <= 2 * 20, asked.found[0]
+    assert counts == [20, 20], asked.found[0]
+
+
+def padded_batch(length: int = 60) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens of two rows, and a mask with padding on the left of the second."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :7] = 0
+    return ids(length=length), {"attention_mask": mask}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS)], ids=["mixed", "dense"])
+def test_static_caches_compute_the_same(plan: SpanPlan, padded: bool) -> None:
+    """Prompts, turns and tokens; a second text on the same tensors, too."""
+    model, (tokens, mask) = tiny(), padded_batch()
+    inputs = mask if padded else {}
+    with apply_spans(model, plan, length=70):
+        expected = decoded(model, tokens, 40, **inputs)[0]
+    with torch.no_grad(), apply_spans(model, plan, length=70, static=True):
+        got, cache = decoded(model, tokens, 40, **inputs)
+        tensors = [layer.keys for layer in cache.layers]
+        assert moa.spans.cache_bytes(cache) == plan.kv_bytes(model, 70, batch=2)
+        cache.reset()
+        again = decoded(model, tokens, 40, cache, **inputs)[0]
+        assert all(layer.keys is tensor for layer, tensor in zip(cache.layers, tensors, strict=True))
+        if not padded:
+            turn = model(tokens[:, :33], past_key_values=DynamicCache()).past_key_values
+            rest = model(tokens[:, 33:], past_key_values=turn).logits
+            torch.testing.assert_close(rest, expected[:, 33:], rtol=1e-4, atol=2e-5)
+    real = mask["attention_mask"].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=2e-5)
+    assert torch.equal(again, got)
+
+
+def test_static_caches_ask_nothing_even_of_padding() -> None:
+    model, (tokens, mask) = tiny(), padded_batch()
+    with apply_spans(model, mixed_plan(), length=60, static=True), Asked() as asked:
+        decoded(model, tokens, 40, **mask)
+    assert not asked.found, asked.found[0]
+
+
+@pytest.mark.slow
+def test_one_static_graph_decodes_every_token() -> None:
+    """No break, no second graph and no number of the host among its inputs, so that a CUDA graph could replay it."""
+    model, plan, tokens, graphs = tiny(), mixed_plan(), ids(length=60), []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(inputs)
+        return graph.forward
+
+    with torch.no_grad(), apply_spans(model, plan, length=60, static=True):
+        expected = decoded(model, tokens, 40)[0][:, 40:]
+        cache = model(tokens[:, :40]).past_key_values
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=False)
+        steps = [compiled(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(40, 60)]
+    torch.compiler.reset()
+    assert len(graphs) == 1
+    assert all(isinstance(value, torch.Tensor) for value in graphs[0])
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_static_refusals() -> None:
+    model, plan, tokens = tiny(), mixed_plan(), ids(length=40)
+    with pytest.raises(ValueError, match=r"static=True needs length=\.\.\."):
+        apply_spans(model, plan, static=True)
+    with pytest.raises(ValueError, match="static=True, but layers with a sliding window"):
+        apply_spans(tiny("gemma3"), mixed_plan(), length=40, static=True)
+    with torch.no_grad(), apply_spans(model, plan, length=40, static=True):
+        assert model.generate(tokens[:, :30], max_new_tokens=10).shape == (2, 40)
+        with pytest.raises(ValueError, match=r"50 tokens long.*length=40"):
+            model.generate(tokens, max_new_tokens=10)
+        cache = model(tokens).past_key_values
+        with pytest.raises(ValueError, match=r"41 tokens long.*length=40"):
+            model(tokens[:, :1], past_key_values=cache)
 
 
 @pytest.mark.slow
@@ -157,8 +235,8 @@ def test_reading_and_writing_are_one_graph() -> None:
 
 
 def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "SMALLEST", 8)
-    monkeypatch.setattr(columns, "LARGEST", 8)
+    monkeypatch.setattr(kernels, "SMALLEST", 8)
+    monkeypatch.setattr(kernels, "LARGEST", 8)
     prepared, original = [], kernels.Sdpa.prepare
     monkeypatch.setattr(kernels.Sdpa, "prepare", lambda *args: prepared.append(1) or original(*args))
     plan = SpanPlan.uniform(4, KV_HEADS, 0.2, sink=4, block=4)

@@ -12,8 +12,8 @@ from planned import BLOCK, KV_HEADS, LAYERS, SINK, decoded, ids, logits, mixed_p
 from safetensors.torch import load_file
 
 from moa.spans import SpanPlan, apply_spans, cache_bytes
-from moa.spans.layout import positions
 from moa.spans.runtime.ring import Ring
+from moa.spans.runtime.visibility import HIDDEN, Padding
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spans"
 CASES = json.loads((GOLDEN / "cache.json").read_text())
@@ -32,22 +32,19 @@ def test_positions_of_the_official_cache(case: str) -> None:
     settings = CASES[case]
     prefill, steps = settings["prefill"], settings["decode"]
     mask = settings["left_pad_mask"]
-    tokens = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     rows = 1 if mask is None else len(mask)
+    padding = None if mask is None else Padding(torch.tensor(mask, dtype=torch.bool))
     ends = POSITIONS[f"{case}.head_index"].tolist()
     columns = torch.arange(prefill + steps).float()[None, None, :, None].expand(rows, 1, -1, 1)
     for head, (size, sink) in enumerate(zip(settings["cache_size"][0], settings["static_size"][0], strict=True)):
         ring = empty((0,), size, sink, rows)
-        count = prefill if tokens is None else tokens.sum(1)
-        first = columns[:, :, :prefill]
-        ring.store(first, first, positions(0, prefill, tokens, columns.device)[1], count)
+        count = prefill if padding is None else padding.tokens
+        first = columns[:, :, :prefill] if padding is None else padding.pack(columns[:, :, :prefill])
+        ring.store(first, first, 0, ring.places(count))
         for step in range(steps + 1):
             if step:
                 new = columns[:, :, prefill + step - 1 : prefill + step]
-                if tokens is None:
-                    ring.put(new, new, count)
-                else:
-                    ring.store(new, new, positions(count, 1, None, columns.device)[1], count + 1)
+                ring.put(new, new, count)
                 count = count + 1
             if step % settings["every"] == 0:
                 at = step // settings["every"]
@@ -59,32 +56,40 @@ def test_positions_of_the_official_cache(case: str) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("count", [3, 9, 20, 41])
-def test_history_and_growth(count: int, padded: bool) -> None:
-    """A ring gives back what it holds in the text's order; a longer one takes over all of it."""
-    columns = torch.arange(60.0)[None, None, :, None].expand(2, 2, -1, 1)
+def test_what_is_held_and_growth(count: int, padded: bool) -> None:
+    """A ring knows which token is where; a longer one takes over all of them."""
     blank = min(5, count - 1) if padded else 0
     counts = torch.tensor([count, count - blank]) if padded else count
-    place = torch.arange(count)[None] - (torch.tensor([[0], [blank]]) if padded else 0)
-    tokens = place.expand(2, -1)
-    kept = (tokens >= 0) if padded else None
+    columns = torch.arange(60.0)[None, None, :, None].expand(2, 2, -1, 1)
     ring = empty((0, 2), 16, SINK, 2)
-    ring.store(columns[:, :, :count], columns[:, :, :count], positions(0, count, kept, columns.device)[1], counts)
+    ring.store(columns[:, :, :count], columns[:, :, :count], 0, ring.places(counts))
     longer = empty((2,), 24, SINK, 2)
     longer.take_over(ring, counts)
     for part in (ring, longer):
-        keys, _, found = part.history(counts)
+        places = part.places(counts).expand(2, -1)
         for row in range(2):
             end = int(torch.as_tensor(counts).expand(2)[row])
-            expected = [p for p in range(end) if p < SINK or p >= end - (16 - SINK)]
-            real = found.expand(2, -1)[row]
-            at = keys[row, 0, real < 1000, 0] - (count - end if padded else 0)
-            assert real[real < 1000].tolist() == expected == at.tolist()
+            held = places[row] < HIDDEN
+            assert torch.equal(part.keys[row, 0, held, 0].long(), places[row, held])
+            assert (part.keys[row, 0, ~held] == -1).all()
+            assert places[row, held].sort().values.tolist() == [
+                p for p in range(end) if p < SINK or p >= end - (16 - SINK)
+            ]
+            assert int(torch.as_tensor(part.filled(counts)).expand(2)[row]) == held.sum() == held[: held.sum()].sum()
     new = torch.full((2, 1, 1, 1), 99.0)
-    longer.store(new, new, positions(counts, 1, None, columns.device)[1], counts + 1)
+    longer.put(new, new, counts)
     assert (longer.keys == 99).sum() == 2
     assert torch.equal(
         torch.as_tensor(longer.filled(counts + 1)).expand(2), torch.as_tensor(ring.filled(counts)).expand(2) + 1
     )
+
+
+def test_padding_is_not_stored() -> None:
+    """A row that has no token in a column keeps what it holds."""
+    ring = empty((0,), 8, SINK, 2)
+    new = torch.full((2, 1, 1, 1), 7.0)
+    ring.put(new, new, torch.tensor([5, 5]), torch.tensor([1, 0]))
+    assert (ring.keys == 7).nonzero().tolist() == [[0, 0, 5, 0]]
 
 
 @pytest.mark.parametrize("padding", [0, 7])

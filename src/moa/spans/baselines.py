@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moa.spans.model import ModelShape
 from moa.spans.plan import SpanPlan
-from moa.spans.shape import ModelShape
 
 __all__ = ["far_influence", "layer_only", "two_class", "uniform_window"]
 

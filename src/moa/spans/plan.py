@@ -3,13 +3,17 @@
 Plans of ours are per KV head (``heads="kv"``) and have one meaning, `moa.spans.rule.span`. Published plans are per
 query head and keep the reference's two meanings (``convention="published"``): densities are those of its search, spans
 those of its deployment. `SpanPlan.for_model` puts either on the real KV heads of a model.
+
+A file is data, nothing in it is executed. Ours says everything needed to apply it; a published one holds ``alphas`` and
+``betas`` per query head and leaves the rest to its reader: sink and block are 64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,11 +21,13 @@ from typing import Any
 
 import torch
 
-from moa.spans import densities, formats
-from moa.spans.convention import CONVENTIONS
-from moa.spans.rule import Rule, span
-from moa.spans.shape import ModelShape
+from moa.spans.model import ModelShape
+from moa.spans.rule import CONVENTIONS, Rule, causal_pairs, search_blocks, span
 
+VERSION = 1
+OURS = "span_plan.json"
+PUBLISHED = "moa_alpha_beta.json"
+RULE_KEYS = {"alphas", "betas"}
 HEADS = {"kv": "KV head", "query": "query head"}
 
 
@@ -39,7 +45,7 @@ class SpanPlan:
         searched: the evidence: lengths, densities, losses, tool versions, validation. Plain JSON data.
         format_version: of the file.
         convention: "native", or "published" for the meaning of a published file.
-        embeddings: digest of the model's input embeddings (`moa.spans.identity.family`), by which it is known under any
+        embeddings: digest of the model's input embeddings (`moa.spans.model.family`), by which it is known under any
             name and with any adapter.
 
     Raises:
@@ -53,7 +59,7 @@ class SpanPlan:
     block: int = 64
     model: str | None = None
     searched: dict[str, Any] = field(default_factory=dict)
-    format_version: int = formats.VERSION
+    format_version: int = VERSION
     convention: str = "native"
     embeddings: str | None = None
 
@@ -98,8 +104,8 @@ class SpanPlan:
             FileNotFoundError: nothing there.
             ValueError: not a plan; the message names the file and what is wrong.
         """
-        file = formats.find(Path(path))
-        content = formats.read(file)
+        file = _find(Path(path))
+        content = _read(file)
         allowed = [f.name for f in dataclasses.fields(cls)]
         if unknown := [key for key in content if key not in allowed]:
             raise ValueError(f"{file}: unknown keys {unknown[:5]}; a plan has {allowed}")
@@ -112,8 +118,8 @@ class SpanPlan:
         """Write our format to ``path``, or to ``span_plan.json`` in it if it is a directory; return the file."""
         file = Path(path)
         if file.is_dir():
-            file = file / formats.OURS
-        formats.write(file, dataclasses.asdict(self))
+            file = file / OURS
+        _write(file, dataclasses.asdict(self))
         return file
 
     @classmethod
@@ -158,13 +164,13 @@ class SpanPlan:
 
         Of a published plan: its search layout, in blocks (the reference's ``lut_attention_density``).
         """
-        return self._density(length, densities.causal_pairs)
+        return self._density(length, causal_pairs)
 
     def _density(self, length: int, count: Callable[[int, int], int]) -> float:
         """Mean over layers of the layer's share; whole numbers up to one division each, so that it is reproducible."""
         if CONVENTIONS[self.convention].sink_on_top:
             rows = length // self.block
-            kept = [[densities.search_blocks(*rule, length, self.block) for rule in layer] for layer in self.rules()]
+            kept = [[search_blocks(*rule, length, self.block) for rule in layer] for layer in self.rules()]
         else:
             rows, kept = length, self.spans(length)
         whole = count(rows, rows)
@@ -252,3 +258,57 @@ def _number(value: Any, where: str) -> float:
 
 def _shape(table: list[list[float]]) -> str:
     return f"{len(table)} layers x {len(table[0])} heads"
+
+
+def _find(path: Path) -> Path:
+    """The plan file that ``path`` means: itself, or the one a directory or output folder of `moa spans` holds.
+
+    Raises:
+        FileNotFoundError: there is no such path, or its directory holds no plan or several.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such plan file or directory")
+    if not path.is_dir():
+        return path
+    for name in (OURS, PUBLISHED):
+        if (path / name).is_file():
+            return path / name
+    below = sorted(path.glob(f"density-*/{OURS}"))
+    if len(below) > 1:
+        raise FileNotFoundError(f"{path}: plans of several densities, name one of {[str(file) for file in below]}")
+    if below:
+        return below[0]
+    raise FileNotFoundError(f"{path}: a directory without {OURS} or {PUBLISHED}; name the file itself")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a plan in ``path``, of either format.
+
+    Raises:
+        ValueError: not JSON, not an object, or keys of neither format; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a plan is a JSON object, not {type(content).__name__}")
+    if missing := sorted(RULE_KEYS - content.keys()):
+        raise ValueError(f"{path}: not a span plan, no {' and no '.join(missing)}; it has {sorted(content)[:10]}")
+    if content.keys() == RULE_KEYS:
+        return {**content, "heads": "query", "convention": "published"}
+    if content.get("format_version") != VERSION:
+        found = content.get("format_version")
+        raise ValueError(
+            f"{path}: format_version {found!r}; this version of moa reads {VERSION}, and files with exactly "
+            f"{sorted(RULE_KEYS)}"
+        )
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a plan file, creating its folder; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -17,7 +17,7 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
     from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import influence
     from moa.spans.journal import settings_of
-    from moa.spans.shape import ModelShape
+    from moa.spans.model import ModelShape
 
     items = {length: load_items(settings.items_file, length) for length in sorted(settings.lengths)}
     model, _ = load_model(settings)

@@ -78,9 +78,9 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:
     """Say what the cache holds and has room for, counted on its tensors, and what a dense one would hold."""
+    from moa.spans.model import ModelShape
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.cache import cache_bytes
-    from moa.spans.shape import ModelShape
 
     shape = ModelShape.of(model)
     held, room = cache_bytes(cache, used=True), cache_bytes(cache)

@@ -25,11 +25,10 @@ from transformers import GenerationConfig
 from moa.spans.evidence.conversation import conversation, prompt_tokens, token_ids
 from moa.spans.evidence.items import Item, predicted
 from moa.spans.evidence.sources import Passage, Source
-from moa.spans.identity import identity
 from moa.spans.journal import Journal, read_lines
+from moa.spans.model import ModelShape, identity
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime.application import apply_spans
-from moa.spans.shape import ModelShape
 
 SHORTEST = 0.5  # of a length; shorter prompts say little about it
 SHORT = 8  # a short window is the length by this, the first tokens included

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from moa.spans.evidence.items import Item, log_odds, response_logits
 from moa.spans.evidence.probe import BlockSums, probing
-from moa.spans.identity import family, identity
+from moa.spans.model import family, identity
 
 KINDS = ("blocks", "absolute", "signed")
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"log-odds": log_odds, "cross-entropy": cross_entropy}
@@ -41,7 +41,7 @@ class Influence:
         block: tokens per block.
         items: how many items were summed.
         loss: their mean response loss in nats.
-        about: whose influence it is: ``embeddings`` of the model (`moa.spans.identity.family`), and what the caller of
+        about: whose influence it is: ``embeddings`` of the model (`moa.spans.model.family`), and what the caller of
             `influence` said. Plain JSON data.
     """
 

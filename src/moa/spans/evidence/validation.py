@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from moa.spans.evidence.items import Item, answers_kept, predicted
-from moa.spans.identity import identity
 from moa.spans.journal import Journal
+from moa.spans.model import identity
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime.application import apply_spans
 

@@ -18,16 +18,17 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
 from moa import _hosts
-from moa.spans.identity import family
-from moa.spans.layout import Sight
+from moa.spans.model import family
 from moa.spans.plan import SpanPlan
 from moa.spans.runtime import attention
-from moa.spans.runtime.cache import NOT_CROPPABLE, Handover, fit
+from moa.spans.runtime.cache import NOT_CROPPABLE, Handover, Spans, fit
 from moa.spans.runtime.kernels import HOSTS
-from moa.spans.runtime.schedule import Spans
+from moa.spans.runtime.visibility import Sight
 
 
-def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0, any_model: bool = False) -> AppliedSpans:
+def apply_spans(
+    model: nn.Module, plan: SpanPlan, *, length: int = 0, any_model: bool = False, static: bool = False
+) -> AppliedSpans:
     """Let a model attend by a plan, until `AppliedSpans.remove` or the end of a ``with`` block.
 
     Inside, ``model(...)`` and ``model.generate(...)`` follow the plan: prefill and training by its masks, decoding from
@@ -40,20 +41,24 @@ def apply_spans(model: nn.Module, plan: SpanPlan, *, length: int = 0, any_model:
         model: a transformers model, or a PEFT model around one.
         plan: for its layers and heads.
         length: tokens the texts will reach, if known; else ``generate`` says it (to its cache, so not with
-            ``use_cache=False``), or the text itself does. `moa.spans.runtime.schedule` has the rule. Several turns on
+            ``use_cache=False``), or the text itself does. `moa.spans.runtime.cache` has the rule. Several turns on
             one cache need it: what an earlier turn has let go of does not come back when the text gets longer.
         any_model: whether the plan may have been searched for another model of the same shape.
+        static: caches of one shape from the first token to the ``length``-th, which count on the device: one compiled
+            graph, or one CUDA graph, then decodes every token, and nothing is asked of the device, padding or not. Each
+            token reads all slots, filled or not. Tokens that compiled graphs add beyond ``length`` are not counted:
+            spans stay those of ``length``.
 
     Raises:
-        ValueError: the plan does not fit the model or was made for another one, a plan is applied already, or the model
-            cannot work under one.
+        ValueError: the plan does not fit the model or was made for another one, a plan is applied already, the model
+            cannot work under one, or ``static`` has no ``length``.
         RuntimeError: this transformers is too old.
 
     Examples:
         >>> with moa.apply_spans(model, plan):  # doctest: +SKIP
         ...     model.generate(**inputs, max_new_tokens=100)
     """
-    return AppliedSpans(model, plan, length, any_model)
+    return AppliedSpans(model, plan, length, any_model, static)
 
 
 class AppliedSpans:
@@ -63,16 +68,21 @@ class AppliedSpans:
         active: whether it is still applied.
         spans: the plan's spans on the model's KV heads.
         length: the length it was told, 0 if none.
+        static: whether its caches are.
     """
 
-    def __init__(self, model: nn.Module, plan: SpanPlan, length: int = 0, any_model: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: SpanPlan, length: int = 0, any_model: bool = False, static: bool = False
+    ) -> None:
         if not hasattr(CacheLayerMixin, "get_max_length"):
             raise RuntimeError(f"attention spans need newer caches than transformers {__version__} has; 5.23 is tested")
         if length < 0:
             raise ValueError(f"length={length} must be the tokens a text reaches, or 0 if that is unknown")
+        if static and not length:
+            raise ValueError("static=True needs length=..., the tokens that the longest text reaches")
         self.model = _host_model(model)
         self.decoder = self.model.get_decoder() or self.model
-        self.length = length
+        self.length, self.static = length, static
         self.handover = Handover()
         self.active = False
         self.spans = Spans(plan, self.decoder.config)
@@ -108,6 +118,10 @@ class AppliedSpans:
             raise ValueError(
                 f"{config.model_type}: every layer has a sliding window of its own, nothing is left to a plan"
             )
+        if self.static and set(self.spans.shape.windows) != {None}:
+            raise ValueError(
+                f"{config.model_type}: static=True, but layers with a sliding window of their own grow with the text"
+            )
         if getattr(config, "num_kv_shared_layers", 0):
             raise ValueError(
                 f"{config.model_type}: layers that share another layer's keys cannot have spans of their own"
@@ -130,7 +144,7 @@ class AppliedSpans:
         if len(args) > 1:  # a cache may be among them
             args, kwargs = (), {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         self._refuse_weights(kwargs.get("output_attentions"))
-        self.handover.layer = None
+        self.handover.layer = self.handover.longest = None
         cache = kwargs.get("past_key_values")
         if torch.is_grad_enabled():
             return args, kwargs

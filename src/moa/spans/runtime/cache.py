@@ -1,29 +1,120 @@
-"""The cache layer of a span plan: a ring per group of KV heads with the same span, whose bytes are the plan's.
+"""The cache of a span plan: how long spans are now, and a ring for each group of KV heads with the same one.
+
+How long spans are follows from ``N``, the length the text is known to reach: what `apply_spans` was told, else what
+``generate`` is about to reach (prompt and new tokens), else what has been seen (a published plan adds 1024 tokens to a
+prefill). ``N`` counts columns, padding included: the longest row decides for a batch. It never shrinks. A text that
+outgrows it moves it: to the new length at a prefill, in steps of four blocks while decoding.
 
 A layer whose heads are all dense keeps a plain buffer that grows, in the text's own columns, so that its attention is
 the host's, bit for bit. Every other layer hands out the new keys only; `moa.spans.runtime.attention` reads the rings.
+
+A *static* cache has rings in every layer, at its full ``N`` from the start, and counts on the device: no shape and no
+number of the host changes from token to token, so a compiled graph or a CUDA graph of one token serves for all.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from moa.spans.layout import Sight, positions
-from moa.spans.runtime.heads import groups, heads_of, views_of
-from moa.spans.runtime.ring import Count, Ring
-from moa.spans.runtime.schedule import Schedule, Spans
+from moa import _hosts
+from moa.spans.model import ModelShape
+from moa.spans.plan import SpanPlan
+from moa.spans.rule import CONVENTIONS
+from moa.spans.runtime.ring import Count, Ring, groups, heads_of, views_of
+from moa.spans.runtime.visibility import Padding, Sight, TextMask
 
 NOT_CROPPABLE = (
     "a cache under a span plan cannot be cropped, so assisted and speculative decoding cannot use it; decode without "
     "an assistant, or without the plan"
 )
+
+STEP = 4  # blocks
+
+log = logging.getLogger(__name__)
+
+
+class Spans:
+    """A plan's spans on the KV heads of one model, by length."""
+
+    def __init__(self, plan: SpanPlan, config: Any) -> None:
+        plan.for_model(config)  # raises if the plan is for another model
+        self.plan, self.config, self.shape = plan, config, ModelShape.of(config)
+        self._known: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spans:
+        return self  # a copied cache still follows the same plan
+
+    def at(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Layers x KV heads: spans of a text of ``length`` tokens."""
+        if length not in self._known:
+            rows = self.plan.for_model(self.config, length).spans(length)
+            self._known[length] = tuple(tuple(row) for row in rows)
+        return self._known[length]
+
+    def reach(self, length: int, text: int, new: int) -> int:
+        """``N`` after ``new`` tokens made the text ``text`` tokens long, when it was ``length`` before."""
+        if text <= length:
+            return length
+        if new == 1 and text > 1:
+            step = STEP * self.plan.block
+            return -(-text // step) * step
+        return text + CONVENTIONS[self.plan.convention].to_come
+
+
+class Schedule:
+    """The ``N`` of one text, shared by the layers of its cache.
+
+    Args:
+        spans: by length.
+        length: the ``N`` that is known beforehand, 0 if none is.
+        static: whether it stays at that.
+    """
+
+    def __init__(self, spans: Spans, length: int = 0, static: bool = False) -> None:
+        self.spans, self.length, self.static = spans, length, static
+        self._warned = False
+
+    def expect(self, text: int) -> None:
+        """The text is known to reach ``text`` tokens.
+
+        Raises:
+            ValueError: that is more than a static schedule has.
+        """
+        if self.static and text > self.length:
+            raise ValueError(
+                f"the text gets {text} tokens long, and static=True has laid its cache out for length={self.length}; "
+                "give apply_spans the tokens that the longest text reaches"
+            )
+        self.length = max(self.length, text)
+
+    def extend(self, text: int, new: int) -> None:
+        """``new`` tokens make the text ``text`` tokens long."""
+        self.expect(text if self.static else self.spans.reach(self.length, text, new))
+
+    def of(self, layer: int) -> tuple[int, ...]:
+        """The spans of a layer's KV heads now, sink included, tokens."""
+        return self.spans.at(self.length)[layer]
+
+    def warn_once(self, columns: int) -> None:
+        """Tell that spans grow after tokens were let go of that they would have kept."""
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "the text outgrew the length that its cache was laid out for (%d tokens so far): spans get longer, but "
+                "what has left a window is gone. Several turns on one cache: apply_spans(model, plan, length=...) with "
+                "the tokens of all turns",
+                columns,
+            )
 
 
 class Handover(threading.local):
@@ -31,9 +122,11 @@ class Handover(threading.local):
 
     Attributes:
         layer: the layer that took keys last; None once attention has taken it from here.
+        longest: a custom mask, and the tokens of the longest text under it.
     """
 
     layer: SpanLayer | None = None
+    longest: tuple[ReferenceType[Tensor], int] | None = None
 
 
 class Owner(Protocol):
@@ -43,6 +136,7 @@ class Owner(Protocol):
         active: whether the plan is applied.
         spans: the plan's, on the model's heads.
         length: the ``N`` that the application was told, 0 if none.
+        static: whether caches are.
         handover: from a layer that took keys to the attention function that follows.
     """
 
@@ -50,6 +144,7 @@ class Owner(Protocol):
     spans: Spans
     sight: Sight
     length: int
+    static: bool
     handover: Handover
 
 
@@ -62,8 +157,10 @@ class SpanLayer(CacheLayerMixin):
         owner: the application of the plan that this cache belongs to; it is told of every update.
 
     Attributes:
-        columns: columns of the text so far, padding included.
+        columns: columns of the text so far, padding included; of a static cache, those that no compiled graph took in.
+        begun: whether there are any.
         count: tokens of every row, without padding.
+        seen: the columns of a static cache, counted on the device.
         keys: ``(batch, slots of all heads, head_dim)``, one ring after another; while the layer is plain ``(batch,
             heads, reserved columns, head_dim)``. Likewise ``values``.
         rings: one for each span, or none while the layer is plain.
@@ -77,8 +174,9 @@ class SpanLayer(CacheLayerMixin):
         self.keys: Tensor | None
         self.values: Tensor | None
         self.index, self.schedule, self.owner = index, schedule, owner
-        self.columns, self.reserved = 0, 0
+        self.columns, self.reserved, self.begun = 0, 0, False
         self.count: Count = 0
+        self.seen: Tensor | None = None
         self.rings: list[Ring] = []
         self.padding: Tensor | None = None  # (batch, columns) of a plain layer, true for tokens; None: no padding
 
@@ -101,7 +199,8 @@ class SpanLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
-        self.schedule.extend(self.columns + new, new)
+        if not (self.schedule.static and torch.compiler.is_compiling()):
+            self.schedule.extend(self.columns + new, new)
         self._fit(key_states, value_states)
         self.owner.handover.layer = self
         if self.rings:
@@ -111,26 +210,39 @@ class SpanLayer(CacheLayerMixin):
     def _fit(self, keys: Tensor, values: Tensor) -> None:
         """Make the storage that the schedule asks for now."""
         spans, sink = self.schedule.of(self.index), self.schedule.spans.plan.sink
-        if not self.rings and min(spans) == self.schedule.length:
+        if self.schedule.static:
+            if self.keys is None or (not self.begun and len(self.keys) != len(keys)):
+                self.rings = self._lay_out(groups(spans), keys, values, sink)
+                self._count_on_device(len(keys))
+        elif not self.rings and min(spans) == self.schedule.length:
             return
-        if not self.rings:
+        elif not self.rings:
             self._move_in(groups(spans), keys, values, sink)
         elif any(spans[head] != ring.span for ring in self.rings for head in ring.heads):
             self._grow(spans, keys, values, sink)
 
     def _move_in(self, parts: dict[tuple[int, ...], int], keys: Tensor, values: Tensor, sink: int) -> None:
         """From a plain buffer, or nothing, into rings."""
-        old_keys, old_values, padding = self.keys, self.values, self.padding
+        old = self.keys, self.values
+        padding = None if self.padding is None else Padding(self.padding)
         self.rings, self.padding = self._lay_out(parts, keys, values, sink), None
-        if old_keys is None or old_values is None:
+        if old[0] is None or old[1] is None:
             return
+        keys, values = (tensor[:, :, : self.columns] for tensor in old if tensor is not None)
+        if padding is not None:
+            keys, values = padding.pack(keys), padding.pack(values)
         for ring in self.rings:
-            heads = list(ring.heads)
-            keys, values = old_keys[:, heads, : self.columns], old_values[:, heads, : self.columns]
-            if isinstance(self.count, int):
-                ring.store_run(keys, values, 0, self.count)
-            else:
-                ring.store(keys, values, positions(0, self.columns, padding, self.device)[1], self.count)
+            places = ring.places(self.count)
+            ring.store(heads_of(keys, ring.heads), heads_of(values, ring.heads), 0, places)
+
+    def _count_on_device(self, rows: int) -> None:
+        self.count = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.seen = torch.zeros((), dtype=torch.long, device=self.device)
+        assert self.keys is not None
+        assert self.values is not None
+        if not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.count, self.seen):
+                _hosts.keep_address(tensor)
 
     def _grow(self, spans: Sequence[int], keys: Tensor, values: Tensor, sink: int) -> None:
         """Into longer rings; heads that had the same span may part."""
@@ -162,47 +274,47 @@ class SpanLayer(CacheLayerMixin):
         self.values[:, :, self.columns : end] = values.detach()
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def take_in(self, keys: Tensor, values: Tensor, new: int, tokens: Tensor | None) -> None:
+    def take_in(self, keys: Tensor, values: Tensor, new: int, padding: Padding | None, text: TextMask) -> None:
         """Store the new keys and values in the rings, and count them; a plain layer has stored them already.
 
         Args:
-            keys: ``(batch, KV heads, new, head_dim)``; a plain layer does not look at them.
+            keys: ``(batch, KV heads, new, head_dim)``, every row's tokens first; a plain layer does not look at them.
             values: likewise.
             new: columns.
-            tokens: ``(batch, new)``, false for padding; None if there is none.
+            padding: among them.
+            text: of this forward.
         """
         keys, values = keys.detach(), values.detach()
-        tokens = None if tokens is None else tokens.to(self.device)
-        before, self.count = self.count, self.count + (new if tokens is None else tokens.sum(1))
+        before = self.count
+        if padding is not None and isinstance(before, int):
+            before = torch.full((len(keys),), before, device=keys.device)
+        after = before + (new if padding is None else padding.tokens)
+        for ring in self.rings:
+            mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
+            if new == 1:
+                ring.put(*mine, before, None if padding is None else padding.tokens)
+            else:
+                ring.store(*mine, before, text.once(("after", ring.kind), partial(ring.places, after)))
         if not self.rings:
-            self._note_padding(new, tokens)
-        elif isinstance(before, int) and isinstance(self.count, int) and self._alike():
-            for ring in self.rings:
-                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
-                if new == 1:
-                    ring.put(*mine, before)
-                else:
-                    ring.store_run(*mine, before, self.count)
+            self._note_padding(new, padding)
+        self.begun = True
+        if self.seen is None:
+            self.count = after
+            self.columns += new
         else:
-            places = positions(before, new, tokens, self.device)[1]
-            for ring in self.rings:
-                mine = heads_of(keys, ring.heads), heads_of(values, ring.heads)
-                if new == 1:
-                    ring.store_one(*mine, places.expand(keys.shape[0], -1))
-                else:
-                    ring.store(*mine, places, self.count)
-        self.columns += new
+            assert isinstance(self.count, Tensor)
+            self.count.copy_(after)
+            self.seen.add_(new)
+            if not torch.compiler.is_compiling():
+                self.columns += new
 
-    def _alike(self) -> bool:
-        return all(isinstance(ring.base, int) for ring in self.rings)
-
-    def _note_padding(self, new: int, tokens: Tensor | None) -> None:
-        if tokens is None and self.padding is None:
+    def _note_padding(self, new: int, padding: Padding | None) -> None:
+        if padding is None and self.padding is None:
             return
-        rows = len(tokens) if tokens is not None else len(self.padding)  # type: ignore[arg-type]
+        rows = len(self.padding if padding is None else padding.flags)  # type: ignore[arg-type]
         blank = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         before = blank.expand(rows, self.columns) if self.padding is None else self.padding
-        self.padding = torch.cat([before, blank.expand(rows, new) if tokens is None else tokens], 1)
+        self.padding = torch.cat([before, blank.expand(rows, new) if padding is None else padding.flags], 1)
 
     def used_bytes(self) -> int:
         """Bytes of the keys and values that are held by now, without slots that wait for tokens to come."""
@@ -218,19 +330,25 @@ class SpanLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are made for the whole text, padding included."""
-        return self.columns + query_length, 0
+        return (self.schedule.length if self.seen is not None and self.begun else self.columns + query_length), 0
 
     def get_seq_length(self) -> int:
-        """Columns of the text so far; not how many of them are kept."""
-        return self.columns
+        """Columns of the text so far; not how many of them are kept. A static layer has them on the device."""
+        return self.seen if self.seen is not None and self.begun else self.columns  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
 
     def reset(self) -> None:
-        """Forget the text; the schedule stays."""
-        self.__init__(self.index, self.schedule, self.owner)  # type: ignore[misc]
+        """Forget the text; the schedule stays, and a static layer's tensors do."""
+        if self.seen is None:
+            self.__init__(self.index, self.schedule, self.owner)  # type: ignore[misc]
+            return
+        assert isinstance(self.count, Tensor)
+        self.columns, self.begun = 0, False
+        self.count.zero_()
+        self.seen.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, as beam search asks for."""
@@ -286,14 +404,15 @@ def fit(cache: Cache, owner: Owner, length: int = 0) -> None:
             raise ValueError("this cache was filled under another span plan; start with a new cache")
         layer.owner = owner
     if known:
-        known[0].schedule.length = max(known[0].schedule.length, length, owner.length)
+        known[0].schedule.expect(max(length, owner.length))
         return
     if cache.get_seq_length() > 0:
         raise ValueError(
             "this cache was filled before the plan was applied, or with gradients on; start with a new cache "
             "inside apply_spans, under torch.no_grad()"
         )
-    schedule = Schedule(owner.spans, max(length, owner.length))
+    schedule = Schedule(owner.spans, owner.length, owner.static)
+    schedule.expect(length)
     cache.layer_class_to_replicate = None
     cache.layers[:] = [
         SpanLayer(index, schedule, owner) if window is None else DynamicSlidingWindowLayer(window)

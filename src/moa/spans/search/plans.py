@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moa.spans.baselines import two_class, uniform_window
 from moa.spans.journal import Journal
+from moa.spans.model import ModelShape
 from moa.spans.plan import SpanPlan
 from moa.spans.rule import Rule
 from moa.spans.search.grid import rules
@@ -27,7 +28,6 @@ from moa.spans.search.pricing import Pricing
 from moa.spans.search.program import Choice, Program, native, program
 from moa.spans.search.solution import Goal, Solution
 from moa.spans.search.whole import solve_whole
-from moa.spans.shape import ModelShape
 from moa.versions import versions
 
 WHOLE = 4000  # binaries that HiGHS solves as they are
@@ -105,7 +105,7 @@ def search(
         layers: layers that get spans; the others keep everything they see now (a sliding window of their own) and do
             not count. None: all.
         model: id of the model, for the plan.
-        embeddings: `moa.spans.identity.family` of the model, for the plan.
+        embeddings: `moa.spans.model.family` of the model, for the plan.
         evidence: what else to record in the plan.
         save_to: a journal of solved goals, so that a killed search goes on.
         progress: called with finished and all goals.

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from planned import tiny
 from torch import nn
 
-from moa.spans.identity import family, identity
+from moa.spans.model import family, identity
 
 
 def adapted() -> nn.Module:

@@ -11,7 +11,8 @@ import torch
 from planned import BLOCK, SINK
 from safetensors.torch import load_file
 
-from moa.spans.layout import HIDDEN, Sight, positions, published_layout
+from moa.spans.rule import search_band
+from moa.spans.runtime.visibility import Padding, Sight
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "spans" / "masks.safetensors")
 
@@ -19,7 +20,10 @@ GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "spans" / "masks.sa
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.endswith(".layout")])
 def test_published_search_layout(name: str) -> None:
     length, alpha, beta = re.fullmatch(r"n(\d+)_a(-?\d+)_b(\w+)\.layout", name).groups()
-    layout = published_layout(float(alpha), float(beta.replace("p", ".")), int(length))
+    blocks = int(length) // 64
+    band = search_band(float(alpha), float(beta.replace("p", ".")), blocks, 64)
+    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None]
+    layout = (column <= row) & ((column < 1) | (column > row - band))  # next to the diagonal, and the first block
     assert torch.equal(layout, GOLDEN[name].bool())
     packed = GOLDEN.get(name.replace(".layout", ".mask_packed"))
     if packed is not None:
@@ -41,9 +45,10 @@ def test_sight(span: int, blockwise: bool) -> None:
     assert mask[-1].sum() == span or blockwise
 
 
-def test_padding_takes_no_position() -> None:
+def test_padding_goes_behind_the_tokens_and_back() -> None:
     tokens = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 1, 0, 1]], dtype=torch.bool)
-    query, key = positions(torch.tensor([0, 3, 10]), 5, tokens, torch.device("cpu"))
-    assert query.tolist() == [[-1, -1, 0, 1, 2], [3, 4, 5, 6, 7], [10, 10, 11, 11, 12]]
-    assert key.tolist() == [[HIDDEN, HIDDEN, 0, 1, 2], [3, 4, 5, 6, 7], [10, HIDDEN, 11, HIDDEN, 12]]
-    assert positions(2, 3, None, torch.device("cpu"))[0].tolist() == [[2, 3, 4]]
+    padding, columns = Padding(tokens), torch.arange(5.0)[None, None, :, None].expand(3, 2, -1, 4)
+    packed = padding.pack(columns)
+    assert padding.tokens.tolist() == [3, 5, 3]
+    assert packed[:, 1, :, 3].tolist() == [[2, 3, 4, 0, 1], [0, 1, 2, 3, 4], [0, 2, 4, 1, 3]]
+    assert torch.equal(padding.unpack(packed), columns)
