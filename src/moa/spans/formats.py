@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moa.files import read_json, write_text
+
 VERSION = 1
 OURS = "span_plan.json"
 PUBLISHED = "moa_alpha_beta.json"
@@ -44,10 +46,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, not an object, or keys of neither format; the message names the file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    content = read_json(path, "span plan")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a plan is a JSON object, not {type(content).__name__}")
     if missing := sorted(RULE_KEYS - content.keys()):
@@ -65,7 +64,4 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a plan file, creating its folder; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -22,6 +22,7 @@ from moa.spans.convention import CONVENTIONS
 from moa.spans.rule import Rule, span
 from moa.spans.shape import ModelShape
 
+LARGEST = 2.0**53  # of a rule's numbers: tokens are counted without rounding up to here
 HEADS = {"kv": "KV head", "query": "query head"}
 
 
@@ -245,8 +246,8 @@ def _number(value: Any, where: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"SpanPlan: {where}: {number} is not a finite number")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"SpanPlan: {where}: {number} is not a finite number of at most {LARGEST:.0e}")
     return number
 
 

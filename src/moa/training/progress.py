@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moa.files import write_text
 from moa.training.checkpoints import room_on_disk
 from moa.training.routing import RouterCallback
 
@@ -31,7 +32,5 @@ class Progress(TrainerCallback):
             return
         routers = self.router.seen if self.router else []
         text = json.dumps({"step": state.global_step, "steps": state.max_steps, "routers": routers})
-        draft = self.path.with_name(f".{self.path.name}.part")
         with room_on_disk(self.path.parent, self.path.name):
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(self.path)
+            write_text(self.path, text)
