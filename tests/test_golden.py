@@ -543,7 +543,7 @@ def test_import_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'soft'"):
         import_reference(tmp_path, "base", tmp_path / "out", "sof")
     (tmp_path / "adapter_params.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         import_reference(tmp_path, "base", tmp_path / "out", "LLaMA3_soft_moa")
     (tmp_path / "adapter_params.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):

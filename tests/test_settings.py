@@ -80,6 +80,15 @@ def test_what_is_saved_is_read_again(tmp_path):
         ("1: 2", "the file has no key '1'"),
         ("[1]", r"the file must be a mapping of keys to values, not \[1\]"),
         ("a: [", "cake.yaml: not YAML"),
+        ("[" * 5000, "cake.yaml: not YAML"),
+        ("a: !!timestamp x", "cake.yaml: not YAML"),
+        ("a: " + "{b: " * 50 + "1" + "}" * 50, "nested deeper than 40 levels"),
+        ("a: &a [*a]", "nested deeper than 40 levels"),
+        (
+            "a0: &a0 [x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+            "more than 100,000 values",
+        ),
         ("a: !!python/object/apply:os.getpid []", "cake.yaml: not YAML"),
     ],
 )
@@ -88,6 +97,13 @@ def test_what_is_wrong_is_named_with_what_is_allowed(tmp_path, text, message):
         cake(tmp_path, text)
     assert str(caught.value).startswith("cake.yaml: ")
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "cake.yaml"])
+def test_what_is_no_ordinary_file_is_not_read(tmp_path, target):
+    (tmp_path / "cake.yaml").symlink_to(target)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"cake\.yaml"):
+        load(Cake, tmp_path / "cake.yaml")
 
 
 def test_every_mistake_is_told_at_once(tmp_path):

@@ -21,7 +21,6 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -186,15 +185,13 @@ def _explained(name: str, source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # transformers reads GGUF byte by byte: a damaged file raises whatever the bytes happen to lead to.
-        if not (source.gguf or isinstance(error, ValueError | OSError | SafetensorError)):
-            raise
-        hint = "; the file is damaged, incomplete or of an unknown kind: copy or download it again"
-        if isinstance(error, ImportError):
+        # A damaged file raises whatever its bytes happen to lead to in transformers, tokenizers and safetensors.
+        hint = ""
+        if isinstance(error, ImportError) and source.gguf:
             hint = "; GGUF files need the package gguf: pip install gguf"
-        raise ValueError(
-            f"cannot {what} the base model {name!r}: {_first_line(error)}{hint if source.gguf else ''}"
-        ) from error
+        elif source.gguf or not isinstance(error, ValueError | OSError):
+            hint = "; a file is damaged, incomplete or of an unknown kind: copy or download it again"
+        raise ValueError(f"cannot {what} the base model {name!r}: {_first_line(error)}{hint}") from error
 
 
 def _named(name: str) -> Path:

@@ -6,6 +6,7 @@ A class of settings is a dataclass under `settings` whose fields are `knob`s. A 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, dataclass_transform
 
 from moa.choices import nearest
 from moa.extras import extra
+from moa.files import read_text, write_text
 
 with extra("train"):
     import yaml
@@ -24,6 +26,7 @@ with extra("train"):
 
 T = TypeVar("T")
 
+MOST, DEEPEST = 100_000, 40  # values in a file, and levels of them
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
@@ -112,20 +115,17 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not YAML, or no mapping.
     """
+    text = read_text(path)
     try:
-        tree = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(text)
+    except Exception as error:  # PyYAML's, or whatever a tag like !!bool makes of a wrong text there
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
-    return _mapping("the file", {} if tree is None else tree)
+    return _mapping("the file", {} if tree is None else _numbers(tree))
 
 
 def save(values: Any, path: Path) -> None:
     """Write every key, beside what was made with them, so that it can be made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True)
-    draft = path.with_name(f".{path.name}.part")  # whoever reads finds all of it or nothing
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_text(path, yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True))
 
 
 def describe(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -201,16 +201,23 @@ def _parsed(text: str) -> Any:
     """A flag's text as YAML would read it."""
     try:
         return _numbers(yaml.safe_load(text))
-    except yaml.YAMLError:
+    except Exception:
         return text
 
 
-def _numbers(tree: Any) -> Any:
-    """``tree`` with texts such as ``"1e-4"`` as numbers: YAML 1.1 takes an exponent without a point for text."""
+def _numbers(tree: Any, depth: int = 0, count: Iterator[int] | None = None) -> Any:
+    """``tree`` with texts such as ``"1e-4"`` as numbers: YAML 1.1 takes an exponent without a point for text.
+
+    Raises:
+        ValueError: it is nested too deeply, or grows beyond measure by aliases that repeat one another.
+    """
+    count = count or itertools.count(1)
+    if depth > DEEPEST or next(count) > MOST:
+        raise ValueError(f"more than {MOST:,} values, or nested deeper than {DEEPEST} levels")
     if isinstance(tree, dict):
-        return {str(key): _numbers(value) for key, value in tree.items()}
+        return {str(key): _numbers(value, depth + 1, count) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_numbers(value) for value in tree]
+        return [_numbers(value, depth + 1, count) for value in tree]
     if not isinstance(tree, str) or not _EXPONENT.fullmatch(tree):
         return tree
     number = float(tree)

@@ -112,8 +112,8 @@ def test_directory_with_a_published_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a JSON file"),
-        ("[" * 100_000, "not a JSON file"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[1, 2]", "a plan is a JSON object"),
         ('{"alphas": [[0.0]]}', "no betas"),
         ('{"alphas": [[0]], "betas": [[0]], "gamma": 1}', "format_version None"),

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 _PACKAGE = Path(__file__).parents[1]
 
+LONGEST = 4000  # characters of a message
 USER_MISTAKE = 2
 BUG = 1
 INTERRUPTED = 130
@@ -50,23 +51,34 @@ class Commands(TyperGroup):
             raise typer.Exit(report(error)) from None
 
 
-def report(error: Exception) -> int:
-    """Print ``error`` for the user; returns the exit code."""
+def code_of(error: Exception) -> int:
+    """The exit code that ``error`` ends the command with."""
     from moa.extras import MissingExtra
     from moa.training.stops import TrainingStopped
 
     if isinstance(error, TrainingStopped):
-        code = error.exit_code
-    elif isinstance(error, OSError | MissingExtra) or (isinstance(error, ValueError) and _on_purpose(error)):
-        code = USER_MISTAKE
-    else:
+        return error.exit_code
+    if isinstance(error, OSError | MissingExtra) or (isinstance(error, ValueError) and _on_purpose(error)):
+        return USER_MISTAKE
+    return BUG
+
+
+def report(error: Exception) -> int:
+    """Print ``error`` for the user; returns the exit code."""
+    code = code_of(error)
+    if code == BUG:
         Console(stderr=True).print_exception()
         say("this looks like a bug in moa: please report it with the trace above and the output of `moa env`")
-        return BUG
+        return code
     if _traces:
         Console(stderr=True).print_exception()
-    say(str(error) or type(error).__name__)
+    say(shortened(str(error)) or type(error).__name__)
     return code
+
+
+def shortened(message: str) -> str:
+    """A message may quote what it found, and that may be as long as a file."""
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]} ... ({len(message):,} characters)"
 
 
 def _on_purpose(error: Exception) -> bool:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moa.files import write_text
+
 
 def watch(
     run: Annotated[Path, typer.Argument(help="Output folder of `moa train`.", metavar="RUN")],
@@ -25,7 +27,7 @@ def watch(
     console = Console()
     first = page_of(run, refresh=None)
     if output is not None:
-        output.write_text(first, encoding="utf-8")
+        write_text(output, first)
         console.print(f"page: {output}", markup=False, highlight=False, soft_wrap=True)
         return
     with server(run, port) as serving:

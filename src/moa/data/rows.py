@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 from moa.choices import check_range, nearest
 from moa.data.dialects import Row, convert
 from moa.extras import extra
+from moa.files import read_json, read_lines
 from moa.places import on_hub
 
 ROWS_PER_TASK = 1000
 """How many rows a bundled task gives when no limit is set; its supply is generated, not a file with an end."""
 
 _SUFFIXES = (".json", ".jsonl")
-_ENCODING = "utf-8-sig"  # tools on Windows begin files with a byte order mark
 
 
 def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
@@ -96,35 +95,16 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _from_file(file: Path, split: str) -> list[Row]:
-    read = _lines if file.suffix == ".jsonl" else _items
-    return [convert(fields, split=split, place=place) for place, fields in read(file)]
-
-
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding=_ENCODING) as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{file}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, after line {number}: not UTF-8 text ({error.reason})") from None
-        except ValueError as error:  # a number of too many digits
-            raise ValueError(f"{file}, line {number}: {error}") from None
+    found = read_lines(file, "data set") if file.suffix == ".jsonl" else _items(file)
+    return [convert(fields, split=split, place=place) for place, fields in found]
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding=_ENCODING))
-    except json.JSONDecodeError as error:
-        hint = "; one object a line is what .jsonl files hold" if error.msg == "Extra data" else ""
-        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}){hint}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from None
+        rows = read_json(file, "data set")
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        hint = "; one object a line is what .jsonl files hold" if "Extra data" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{file}: a .json data set must be a list of objects, not {type(rows).__name__}")
     for number, fields in enumerate(rows, start=1):

@@ -15,6 +15,7 @@ from typing import Any
 
 from moa.evaluation.accuracy import Result
 from moa.evaluation.sets import EvaluationSet
+from moa.files import write_text
 from moa.versions import versions
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -43,10 +44,7 @@ def as_json(outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> dict[st
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result file, creating its folder; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _set_as_json(data: EvaluationSet, result: Result) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from moa.assets import base_path
 from moa.choices import check_choice
 from moa.data.tokens import prompt_tokens
 from moa.evaluation.generation import context
+from moa.files import read_text
 from moa.tasks import long_context
 from moa.tasks.facts import Form, fact_texts
 from moa.tasks.long_context import LONG_TASKS
@@ -147,10 +148,7 @@ def _text(name: str) -> str:
     path = base_path("embedded-long") / "held_out.txt" if name == NOVELS else Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no text {name!r}: give a file, or {MANUAL} or {NOVELS}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    return read_text(path)
 
 
 def _asked(tokenizer: Any, question: str) -> str:

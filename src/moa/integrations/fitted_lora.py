@@ -29,6 +29,7 @@ from moa.adapters.telemetry import gate_values
 from moa.choices import check_range
 from moa.data.tokens import Tokens, example_tokens
 from moa.evaluation.generation import context
+from moa.files import write_text
 from moa.integrations.gap import Gap, answer_logits, in_batches, loss_of, own_answers, padded, repeats
 from moa.integrations.lora import targets_of
 from moa.training.beside import beside
@@ -59,7 +60,7 @@ def save(student: PeftModel, gap: Gap, output: str | Path) -> None:
     """Write the LoRA as PEFT does, and ``gap.json`` beside it."""
     folder = Path(output)
     student.save_pretrained(str(folder))
-    (folder / FILE_NAME).write_text(json.dumps(asdict(gap), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / FILE_NAME, json.dumps(asdict(gap), indent=1) + "\n")
 
 
 def fit_lora(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moa.extras import extra
+from moa.files import write_text
 
 with extra("report"):
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -33,10 +34,7 @@ def write_page(path: str | Path, title: str, body: Markup) -> Path:
         body: HTML that was made by `render`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(frame(title, body), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, frame(title, body))
     return path
 
 

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from moa.extras import extra
+from moa.files import read_json
 from moa.report.page import frame, render, shade
+from moa.spans.journal import read_lines
+
+with extra("train"):
+    from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+    from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 LOG, PROGRESS, DONE = "training_log.jsonl", "progress.json", "adapter_config.json"
 POINTS = 400  # of a curve; more cannot be told apart
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 110, 24  # of a curve and its margins, in units of the picture
+
+
+LARGEST = 1e300  # of a number that can be drawn
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Router(TypedDict):
+    """The mean gates of a router, one for each expert."""
+
+    block: int
+    site: str | None
+    experts: list[str]
+    gates: list[FiniteFloat]
+
+
+class Progress(TypedDict):
+    """Where a run stands."""
+
+    step: Count
+    steps: Count
+    routers: list[Router]
 
 
 def page_of(folder: Path, refresh: int | None = 5) -> str:
@@ -27,9 +54,10 @@ def page_of(folder: Path, refresh: int | None = 5) -> str:
     """
     if not (folder / "recipe.yaml").is_file():
         raise FileNotFoundError(f"{folder} holds no run of `moa train`: there is no recipe.yaml in it")
-    entries = [entry for entry in _lines(folder / LOG) if "loss" in entry]
+    lines = read_lines(folder / LOG, torn=True) if (folder / LOG).exists() else []
+    entries = [entry for entry in lines if "loss" in entry and _is_number(entry.get("step"))]
     progress = _read(folder / PROGRESS)
-    done = (folder / DONE).is_file() and progress.get("step") == progress.get("steps")
+    done = (folder / DONE).is_file() and (progress is None or progress["step"] == progress["steps"])
     body = render(
         "watch.html",
         state=_state(folder, progress, done),
@@ -38,14 +66,14 @@ def page_of(folder: Path, refresh: int | None = 5) -> str:
             curve(entries, "loss", "Loss", "mean over the steps since the point before"),
             curve(entries, "learning_rate", "Learning rate", "of the last step"),
         ],
-        tables=_tables(progress.get("routers", [])),
+        tables=_tables(progress["routers"] if progress else []),
     )
     return str(frame(folder.resolve().name, body, None if done else refresh))
 
 
 def curve(entries: Sequence[dict[str, Any]], key: str, title: str, note: str) -> dict[str, Any]:
     """A line through the logged values of ``key``; neighbours are averaged where there are too many."""
-    points = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
+    points = [(entry["step"], entry[key]) for entry in entries if _is_number(entry.get(key))]
     size = -(-len(points) // POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -68,8 +96,8 @@ def curve(entries: Sequence[dict[str, Any]], key: str, title: str, note: str) ->
     }
 
 
-def _state(folder: Path, progress: dict[str, Any], done: bool) -> str:
-    if not progress:
+def _state(folder: Path, progress: Progress | None, done: bool) -> str:
+    if progress is None:
         return "Nothing is logged yet."
     step, steps = progress["step"], progress["steps"]
     if done:
@@ -91,12 +119,12 @@ def _facts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         "router/threshold": "mean threshold",
     }
     last = entries[-1] if entries else {}
-    return [(name, f"{last[key]:.3f}") for key, name in names.items() if key in last]
+    return [(name, f"{last[key]:.3f}") for key, name in names.items() if _is_number(last.get(key))]
 
 
-def _tables(routers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _tables(routers: Sequence[Router]) -> list[dict[str, Any]]:
     """One table of mean gates for all routers with the same experts."""
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, ...], list[Router]] = {}
     for router in routers:
         found.setdefault(tuple(router["experts"]), []).append(router)
     highest = max((gate for router in routers for gate in router["gates"]), default=1.0)
@@ -115,16 +143,21 @@ def _tables(routers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Entries of the log; one that is just being written is left for the next time."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn: a loss may have diverged."""
+    return isinstance(value, int | float) and abs(value) < LARGEST
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(path: Path) -> Progress | None:
+    """What `moa.training.progress` wrote.
+
+    Raises:
+        ValueError: something else; names the file and the field.
+    """
+    if not path.exists():
+        return None
+    try:
+        return TypeAdapter(Progress).validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moa import files
+
 
 class Journal:
     """Entries under fixed settings.
@@ -49,11 +51,7 @@ class Journal:
 
     def _write(self) -> None:
         """The file as it is known: it appears whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".part")
-        lines = [{"settings": self.settings}, *self.entries]
-        draft.write_text("".join(map(_line, lines)), encoding="utf-8")
-        draft.replace(self.path)
+        files.write_text(self.path, "".join(map(_line, [{"settings": self.settings}, *self.entries])))
 
     def _check(self, first: Mapping[str, Any]) -> None:
         found = first.get("settings")
@@ -94,21 +92,10 @@ def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; names it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-    lines = text.split("\n")
     found = []
-    for number, line in enumerate(lines[:-1] if torn else lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    for place, entry in files.read_lines(path, torn=torn):
         if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, not {type(entry).__name__}")
+            raise ValueError(f"{place}: must be a JSON object, not {type(entry).__name__}")
         found.append(entry)
     return found
 

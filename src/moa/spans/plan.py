@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from moa.files import read_json, write_text
 from moa.spans.model import ModelShape
 from moa.spans.rule import CONVENTIONS, Rule, causal_pairs, search_blocks, span
 
@@ -28,6 +29,7 @@ VERSION = 1
 OURS = "span_plan.json"
 PUBLISHED = "moa_alpha_beta.json"
 RULE_KEYS = {"alphas", "betas"}
+LARGEST = 2.0**53  # of a rule's numbers: tokens are counted without rounding up to here
 HEADS = {"kv": "KV head", "query": "query head"}
 
 
@@ -251,8 +253,8 @@ def _number(value: Any, where: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"SpanPlan: {where}: {number} is not a finite number")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"SpanPlan: {where}: {number} is not a finite number of at most {LARGEST:.0e}")
     return number
 
 
@@ -287,10 +289,7 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, not an object, or keys of neither format; the message names the file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    content = read_json(path, "span plan")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a plan is a JSON object, not {type(content).__name__}")
     if missing := sorted(RULE_KEYS - content.keys()):
@@ -308,7 +307,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a plan file, creating its folder; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.evaluation.results import PACKAGES
+from moa.files import read_json
 from moa.studies.budget import Fit
 from moa.studies.methods import CALIBRATED
 from moa.studies.study import Study
@@ -176,7 +177,7 @@ class Store:
     def read(self, cell: Cell, configuration: dict[str, Any]) -> dict[str, Any] | None:
         """The cell's result if it was made with ``configuration``; None if it has to be run."""
         try:
-            found = json.loads(self.path(cell).read_text(encoding="utf-8"))
+            found = read_json(self.path(cell))
         except (OSError, ValueError):
             return None
         if not isinstance(found, dict) or found.get("configuration") != configuration:

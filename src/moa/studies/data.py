@@ -13,6 +13,7 @@ from typing import Any
 from moa.data import load_rows
 from moa.evaluation.retrieval import LONG, TEXT, TextSet, is_long, long_rows, text_set
 from moa.evaluation.sets import EvaluationSet, load_all
+from moa.files import write_text
 from moa.models import tokenizer_of
 from moa.studies.study import StudyData
 
@@ -46,10 +47,7 @@ class Rows:
         files = [folder / f"train-{self.digest}{f'-{n}' * bool(n)}.jsonl" for n in range(len(self.stages))]
         for file, rows in zip(files, self.stages, strict=True):
             if not file.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                draft = file.with_suffix(".part")
-                draft.write_text("".join(json.dumps(_as_file(row)) + "\n" for row in rows), encoding="utf-8")
-                draft.replace(file)
+                write_text(file, "".join(json.dumps(_as_file(row)) + "\n" for row in rows))
         return files
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.evaluation.results import write
+from moa.files import write_text
 from moa.report.page import render, shade, write_page
 from moa.studies.methods import amount
 from moa.studies.verdicts import has
@@ -185,9 +186,7 @@ def _with_interval(found: Mapping[str, Any] | None, factor: float, digits: int) 
 def write_results(results: Mapping[str, Any], folder: Path) -> None:
     """Write ``results.json`` and ``results.md`` into ``folder``."""
     write(folder / "results.json", results)
-    draft = folder / ".results.md.part"
-    draft.write_text(markdown(results), encoding="utf-8")
-    draft.replace(folder / "results.md")
+    write_text(folder / "results.md", markdown(results))
 
 
 def markdown(results: Mapping[str, Any]) -> str:

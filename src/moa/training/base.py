@@ -6,7 +6,6 @@ Weights are read from safetensors or GGUF, never from pickles, and no code that 
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moa.adapters.config import MoAConfig
 from moa.choices import check_choice
+from moa.files import read_json
 from moa.models import load
 from moa.places import existing
 from moa.training.checkpoints import WEIGHTS
@@ -99,10 +99,15 @@ def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
         check_folder(Path(source))
     try:
         model = PeftModel.from_pretrained(base_model, source)
-    except OSError as error:
-        raise ValueError(f"cannot load the adapter {source!r}: {_first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    except (OSError, KeyError, TypeError, RuntimeError) as error:  # PEFT looks for what a configuration promises
+        raise ValueError(f"cannot load the adapter {source!r}: {type(error).__name__}: {_first_line(error)}") from error
+    for name, parameter in model.named_parameters():
+        if ".moa_" in name and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{source}: the tensor {name} is not finite: the weights are damaged, or training diverged"
+            )
     return model
 
 
@@ -116,7 +121,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if not isinstance(fields, dict):

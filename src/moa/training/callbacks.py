@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from moa.data.tokens import Tokens
+from moa.files import read_json, write_text
 from moa.training.checkpoints import room_on_disk
 
 LOG_NAME = "training_log.jsonl"
@@ -31,7 +32,7 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
             with room_on_disk(self.path.parent, self.path.name):
-                self.path.write_text(lines, encoding="utf-8")
+                write_text(self.path, lines)
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -89,7 +90,7 @@ class SameData(TrainerCallback, ExportableState):
 
     def check(self, checkpoint: Path) -> None:
         """Raise ValueError if the checkpoint was trained on other data. One that does not say on which may go on."""
-        saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / "trainer_state.json")
         before = saved.get("stateful_callbacks", {}).get(type(self).__name__)
         if before is not None and before["args"]["digest"] != self.digest:
             raise ValueError(

@@ -7,7 +7,6 @@ nothing that looks like one. `last_complete` still looks inside, since copies an
 from __future__ import annotations
 
 import errno
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from moa.files import read_json
 from moa.training.stops import DiskFull
 
 WRITING = ".writing"
@@ -47,7 +47,7 @@ def _is_complete(checkpoint: Path) -> bool:
             return False
         if not any(path.stat().st_size for pattern in _OPTIMIZER for path in checkpoint.glob(pattern)):
             return False
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json")
         with safe_open(checkpoint / WEIGHTS, framework="pt"):  # checks the header against the file's size
             return True
     except (OSError, ValueError, SafetensorError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moa.files import write_text
 from moa.training.checkpoints import room_on_disk
 
 PROGRESS_NAME = "progress.json"
@@ -30,7 +31,5 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         text = json.dumps({"step": state.global_step, "steps": state.max_steps, "routers": self.routers()})
-        draft = self.path.with_name(f".{self.path.name}.part")
         with room_on_disk(self.path.parent, self.path.name):
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(self.path)
+            write_text(self.path, text)

@@ -6,7 +6,6 @@ path `adapter_model.bin` and `adapter_config.json`. Safetensors under the same s
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from moa.adapters.config import MoAConfig
 from moa.adapters.reference.settings import VARIANTS, reference_config
 from moa.adapters.reference.weights import load_reference
 from moa.choices import check_choice
+from moa.files import read_json
 
 WEIGHTS = ("adapter.safetensors", "adapter.pth", "adapter_model.safetensors", "adapter_model.bin")
 SETTINGS = ("adapter_params.json", "adapter_config.json")
@@ -131,10 +131,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = _find(folder, SETTINGS)
     if path is None:
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
     return settings

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moa.files import parsed, whole
 from moa.spans.evidence.items import Item, log_odds, response_logits
 from moa.spans.evidence.probe import BlockSums, probing
 from moa.spans.model import family, identity
@@ -73,12 +74,10 @@ class Influence:
 
     def save(self, path: Path, key: str = "") -> None:
         """Write a safetensors file; it appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
         numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss", "about")}
         metadata = {"influence": json.dumps(numbers | {"key": key})}
-        save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
-        draft.replace(path)
+        with whole(path) as draft:
+            save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Influence:
@@ -195,7 +194,7 @@ def _read(path: Path) -> tuple[Influence, str]:
         raise FileNotFoundError(f"there is no influence file {str(path)!r}; `moa spans profile` writes it")
     try:
         with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["influence"])
+            numbers = parsed((file.metadata() or {})["influence"], str(path))
             found = Influence(
                 file.get_tensor("signed"),
                 file.get_tensor("absolute"),

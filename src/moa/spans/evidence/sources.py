@@ -15,6 +15,7 @@ from typing import Any
 
 from moa.assets import base_path
 from moa.extras import extra
+from moa.files import read_text
 from moa.spans.journal import read_lines
 
 FACTS = "facts:"
@@ -138,15 +139,10 @@ class Source:
             raise FileNotFoundError(
                 f"there is no file {name!r} to hide facts in; {FACTS} alone takes the built-in text"
             )
-        try:
-            return path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+        return read_text(path)
 
     def _file(self) -> list[dict[str, Any]]:
         path = Path(self.source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {self.source!r} to calibrate on")
         return read_lines(path)
 
     def _hub(self) -> list[dict[str, Any]]:
