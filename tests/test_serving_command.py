@@ -81,8 +81,16 @@ def test_several_adapters_are_chosen_by_the_name_of_the_model(base, adapter, tmp
     assert command[modules + 1 :] == [f"mine={adapter}", f"second={other}", "--port", "1"]
     assert option(command, "--worker-cls") == "moa.serving.vllm_worker.MoAWorker"
     assert option(command, "--max-loras") == "2"
-    with pytest.raises(ValueError, match="--max-loras is set by moa serve"):
-        plan([str(adapter), str(other)], ["--max-loras", "1"])
+    with pytest.raises(ValueError, match="--worker-cls is set by moa serve"):
+        plan([str(adapter), str(other)], ["--worker-cls", "mine"])
+
+
+def test_slots_for_mixtures_that_come_later(base, adapter):
+    command = plan([str(adapter)], ["--max-loras", "4"]).command
+    assert option(command, "--served-model-name") == str(base)
+    assert option(command, "--lora-modules") == f"mine={adapter}"
+    assert command.count("--max-loras") == 1
+    assert "--enable-lora" in command
 
 
 def test_two_adapters_of_one_name_are_refused(adapter):
@@ -204,8 +212,8 @@ def test_releases():
 def test_compiled_code_is_kept_by_configuration_and_not_by_folder(base, tmp_path):
     one, same = (configuration(saved(base, tmp_path / name)) for name in "ab")
     other = configuration(saved(base, tmp_path / "c", gating=moa.Soft()))
-    assert fingerprint({"x": one}) == fingerprint({"x": same})
-    assert fingerprint({"x": one}) != fingerprint({"x": other})
+    assert fingerprint([one]) == fingerprint([same])
+    assert fingerprint([one]) != fingerprint([other])
 
 
 def test_the_verb_names_what_is_missing(adapter, monkeypatch):

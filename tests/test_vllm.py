@@ -186,6 +186,8 @@ def base_case(name: str, number: int) -> Case:
 TRAINED: dict[str, Callable[[Path], Case]] = {
     "base": lambda folder: base_case("embedded", 16),
     "soft": lambda folder: trained_case("embedded", soft(), folder, 64, steps=20, rows=8),
+    "early": lambda folder: trained_case("embedded", soft(), folder, 8, steps=10, rows=8),
+    "earlier": lambda folder: trained_case("embedded", soft(), folder, 8, steps=5, rows=8),
     "sparse": lambda folder: trained_case("embedded", moa.preset("sparse-moa"), folder, 16, steps=20, rows=8),
     "smollm2": lambda folder: trained_case("smollm2", soft(), folder, 16, steps=6, rows=4),
 }
@@ -289,8 +291,40 @@ def test_two_mixtures_and_the_base_in_one_batch(cases, eager):
         check(answers[0::3], soft.answers[:16])
         check(answers[1::3], sparse.answers[:16])
         check(answers[2::3], cases["base"].answers[:16])
-        with pytest.raises(ValueError, match="is not loaded into a running engine"):
-            ask(llm, prompts[:1], lora_request=LoRARequest("third", 3, soft.adapter))
+        with pytest.raises(ValueError, match="a running engine cannot change its shapes"):
+            llm.llm_engine.add_lora(LoRARequest("third", 3, cases["llama"].adapter))
+
+
+@pytest.mark.case("soft")
+@pytest.mark.case("early")
+@pytest.mark.case("earlier")
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_mixtures_come_and_go_while_it_runs(cases, eager):
+    """Two slots, three mixtures, new weights of one, prefix cache on: always the answers of the weights that are named."""
+    from vllm.lora.request import LoRARequest
+
+    soft, early, earlier = (cases[name] for name in ("soft", "early", "earlier"))
+    prompts = early.prompts
+    settings = {"enable_lora": True, "max_loras": 2, "worker_cls": WORKER, "enable_prefix_caching": True}
+    with engine(soft.base, {"soft": soft.adapter}, enforce_eager=eager, **settings) as llm:
+        running = llm.llm_engine
+        mine = LoRARequest("soft", 1, soft.adapter)
+        check(ask(llm, prompts, lora_request=mine), soft.answers[: len(prompts)])
+        second, third = LoRARequest("early", 2, early.adapter), LoRARequest("earlier", 3, earlier.adapter)
+        assert running.add_lora(second)
+        check(ask(llm, prompts, lora_request=second), early.answers)
+        mixed = ask(llm, [p for p in prompts for _ in range(2)], lora_request=[third, mine] * len(prompts))
+        check(mixed[0::2], earlier.answers)
+        check(mixed[1::2], soft.answers[: len(prompts)])
+        check(ask(llm, prompts, lora_request=second), early.answers)
+
+        again = LoRARequest("soft", 1, earlier.adapter, load_inplace=True)
+        assert running.add_lora(again)
+        check(ask(llm, prompts, lora_request=again), earlier.answers)
+        assert running.remove_lora(2)
+        assert running.list_loras() == {1, 3}
+        with pytest.raises(ValueError, match="or got others since"):
+            running.add_lora(LoRARequest("soft", 1, soft.adapter, load_inplace=True))
 
 
 @pytest.mark.case("soft")
@@ -348,10 +382,9 @@ def test_an_adapter_of_another_base_is_refused(cases):
     [
         ({"tensor_parallel_size": 2}, 1, "tensor_parallel_size=2"),
         ({"pipeline_parallel_size": 2}, 1, "pipeline_parallel_size=2"),
-        ({"lora_config": object()}, 1, "--enable-lora does not go"),
+        ({"lora_config": object()}, 1, "--enable-lora needs --worker-cls"),
         ({"speculative_config": object()}, 1, "--speculative-config"),
         ({}, 2, "2 mixtures in one engine need --enable-lora"),
-        ({"lora_config": object()}, 2, "--worker-cls"),
     ],
 )
 def test_settings_that_do_not_go_with_mixtures(changes, mixtures, message):
