@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
-import httpx
 from datasets import Dataset
 from peft import get_peft_model
 from trl import GRPOConfig, GRPOTrainer
@@ -47,9 +47,9 @@ def serve(adapter: Path, base: str, log: Path) -> tuple[subprocess.Popen, str]:
         if server.poll() is not None:
             raise SystemExit(f"the server did not start; its log ends with\n{log.read_text()[-3000:]}")
         try:
-            httpx.get(f"{url}/health", timeout=5).raise_for_status()
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
             return server, url
-        except httpx.HTTPError:
+        except OSError:
             time.sleep(1)
 
 

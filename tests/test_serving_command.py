@@ -67,9 +67,11 @@ def test_a_name_of_ones_own(adapter):
     assert server.adapters == {"better": str(adapter)}
 
 
-def test_span_plans_are_refused(adapter):
-    with pytest.raises(ValueError, match="--spans: a plan keeps the first tokens"):
-        plan([str(adapter)], ["--spans", "plan.json"])
+@pytest.mark.parametrize("rest", [["--spans", "plan.json"], ["--spans=plan.json"]])
+def test_span_plans_are_refused(adapter, rest):
+    for served in (str(adapter), "a-base-alone"):
+        with pytest.raises(ValueError, match="--spans: a plan keeps the first tokens"):
+            plan([served], rest)
 
 
 def test_several_adapters_are_chosen_by_the_name_of_the_model(base, adapter, tmp_path):

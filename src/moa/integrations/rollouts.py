@@ -11,17 +11,17 @@ processed_logprobs``, and to see ``folder`` under the same path.
 
 from __future__ import annotations
 
+import json
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from moa.adapters.config import MoAConfig
-from moa.extras import extra
+import torch
+from torch import Tensor
 
-with extra("train"):
-    import httpx
-    import torch
-    from torch import Tensor
+from moa.adapters.config import MoAConfig
 
 
 class ServedRollouts:
@@ -95,13 +95,16 @@ class ServedRollouts:
         return {"model": self._name, "prompt": prompt_ids} | settings | (trainer.args.generation_kwargs or {})
 
     def _post(self, path: str, content: dict[str, Any]) -> Any:
-        reply = httpx.post(self._url + path, json=content, timeout=None)
-        if reply.status_code != 200:
+        body, headers = json.dumps(content).encode(), {"content-type": "application/json"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self._url + path, body, headers)) as reply:
+                text = reply.read().decode()
+        except urllib.error.HTTPError as error:
             hint = ""
-            if reply.status_code == 404 and path.endswith("adapter"):
+            if error.code == 404 and path.endswith("adapter"):
                 hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and --max-loras 1"
-            raise RuntimeError(f"{self._url}{path} answers {reply.status_code}: {reply.text}{hint}")
-        return reply.json() if "json" in reply.headers.get("content-type", "") else reply.text
+            raise RuntimeError(f"{self._url}{path} answers {error.code}: {error.read().decode()}{hint}") from error
+        return json.loads(text) if path.endswith("completions") else text
 
 
 def _check(trainer: Any, model: Any) -> None:

@@ -53,6 +53,7 @@ def plan(adapters: Sequence[str], rest: Sequence[str], *, base: str | None = Non
         ValueError: an adapter cannot be served, two have one name, or they do not belong to one base.
         FileNotFoundError: no such folder.
     """
+    _refuse_spans(rest)
     folders = _named(adapters)
     for folder in folders.values():
         configuration(folder)
@@ -115,17 +116,22 @@ def _common(what: str, found: Mapping[str, str]) -> str:
     return value
 
 
+def _refuse_spans(rest: Sequence[str]) -> None:
+    """Raise ValueError for a span plan, before anybody looks for an adapter."""
+    if any(argument.partition("=")[0] == "--spans" for argument in rest):
+        raise ValueError(
+            "--spans: a plan keeps the first tokens of a text in sight (sink is 1 at least) and gives every head its own "
+            "window, while vLLM has one window for all layers that slide, which forgets those tokens. Use "
+            "`moa generate --spans`"
+        )
+
+
 def _refuse_taken(rest: Sequence[str], slots: bool) -> None:
     """Raise ValueError for arguments that would undo what makes it a server of mixtures."""
     taken = ["--model", "--hf-overrides", "--model-impl"]
     taken += ["--enable-lora", "--worker-cls", "--lora-modules"] if slots else []
     for argument in rest:
         option = argument.partition("=")[0].replace("_", "-")
-        if option == "--spans":
-            raise ValueError(
-                "--spans: a plan keeps the first tokens of a text in sight and gives every head its own window, while "
-                "vLLM's windows are of whole layers and forget those tokens. Use `moa generate --spans`"
-            )
         if option in taken:
             raise ValueError(f"{option} is set by moa serve: the base model is chosen with --base, nothing else there")
 
