@@ -38,7 +38,8 @@ def serve(adapter: Path, base: str, log: Path) -> tuple[subprocess.Popen, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moa", "serve", f"policy={adapter}", "--base", base, "--port", str(port)]
-    options = ["--max-loras", "1", "--logprobs-mode", "processed_logprobs", "--dtype", "float32", "--max-model-len", "512"]
+    options = ["--max-loras", "1", "--logprobs-mode", "processed_logprobs", "--dtype", "float32"]
+    options += ["--max-model-len", "512", "--enforce-eager"]  # few steps are over before anything is compiled
     environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with log.open("w") as out:
         server = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
@@ -71,6 +72,7 @@ def main() -> None:
     server, url = serve(output / "start", options.base, output / "server.log")
     try:
         rollouts = ServedRollouts(url, "policy", output / "weights", compare=True)
+        prompts = [{"prompt": row["instruction"]} for row in generate(options.task, "train", 64)]
         trainer = GRPOTrainer(
             model=model,
             args=GRPOConfig(
@@ -89,7 +91,7 @@ def main() -> None:
                 use_cpu=True,
             ),
             reward_funcs=share_of_letter,
-            train_dataset=Dataset.from_list([{"prompt": row["instruction"]} for row in generate(options.task, "train", 64)]),
+            train_dataset=Dataset.from_list(prompts),
             processing_class=tokenizer,
             rollout_func=rollouts,
         )
@@ -100,8 +102,9 @@ def main() -> None:
     model.save_pretrained(output / "adapter")
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     third = max(1, len(rewards) // 3)
-    print(f"reward:  {sum(rewards[:third]) / third:.3f} in the first third, {sum(rewards[-third:]) / third:.3f} in the last")
-    print(f"server and trainer differ in log-probabilities by at most {max(rollouts.gaps):.1e} ({len(rollouts.gaps)} rollouts)")
+    first, last = (sum(part) / third for part in (rewards[:third], rewards[-third:]))
+    print(f"reward:  {first:.3f} in the first third, {last:.3f} in the last")
+    print(f"server and trainer differ in log-probabilities by at most {max(rollouts.gaps):.1e}")
     print(f"adapter: {output / 'adapter'}")
 
 

@@ -1,4 +1,4 @@
-"""GRPO with rollouts from a server: it computes with the trainer's newest weights. Here a small server of transformers'."""
+"""GRPO with rollouts from a server, which computes with the trainer's newest weights; here a small one of our own."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Server:
         for index, prompt in enumerate(content["prompt"]):
             ids, values = list(prompt), []
             for _ in range(content["max_tokens"]):
-                scores = (self.model(input_ids=torch.tensor([ids])).logits[0, -1] / content["temperature"]).log_softmax(-1)
+                logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+                scores = (logits / content["temperature"]).log_softmax(-1)
                 token = int(torch.multinomial(scores.exp(), 1))
                 ids.append(token)
                 values.append(float(scores[token]))
@@ -156,7 +157,8 @@ def test_conversations_are_written_by_the_tokenizer(server, tmp_path):
 
 def test_a_server_that_takes_no_new_weights_says_how_it_would(server, tmp_path):
     server.closed = True
-    trainer = trainer_of(get_peft_model(tiny_llama(), tiny_config()), tmp_path, ServedRollouts(server.url, "policy", tmp_path))
+    rollouts = ServedRollouts(server.url, "policy", tmp_path)
+    trainer = trainer_of(get_peft_model(tiny_llama(), tiny_config()), tmp_path, rollouts)
     with pytest.raises(RuntimeError, match="answers 404: Not Found; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
         trainer.train()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import perturb, tiny_config, tiny_llama
@@ -128,7 +127,7 @@ def test_a_name_and_a_folder_never_stand_for_two_sets_of_weights(saved, caching)
         assert engine.slots.add(asked, again=True)
         assert engine.answers(asked) == [weights_of(asked)]
         return
-    with pytest.raises(ValueError, match="had other weights from .*: save new weights in a new folder"):
+    with pytest.raises(ValueError, match=r"had other weights from .*: save new weights in a new folder"):
         engine.slots.add(asked, again=True)
     engine.slots.remove(1)
     with pytest.raises(ValueError, match="--no-enable-prefix-caching"):

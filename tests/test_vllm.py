@@ -300,7 +300,7 @@ def test_two_mixtures_and_the_base_in_one_batch(cases, eager):
 @pytest.mark.case("earlier")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_mixtures_come_and_go_while_it_runs(cases, eager):
-    """Two slots, three mixtures, new weights of one, prefix cache on: always the answers of the weights that are named."""
+    """Two slots, three mixtures, new weights of one, prefix cache on: the answers are those of the weights named."""
     from vllm.lora.request import LoRARequest
 
     soft, early, earlier = (cases[name] for name in ("soft", "early", "earlier"))

@@ -1,7 +1,7 @@
 """Completions for TRL's GRPO from a server of `moa serve`, computed with the weights that the trainer has just reached.
 
-TRL's own use of vLLM merges adapters into the base, which a mixture cannot be. Its ``rollout_func`` leaves generation to
-others: this one saves the mixture, lets the server load it in place, and asks for completions under its name.
+TRL's own use of vLLM merges adapters into the base, which a mixture cannot be. Its ``rollout_func`` leaves generation
+to others: this one saves the mixture, lets the server load it in place, and asks for completions under its name.
 
     trainer = GRPOTrainer(..., args=GRPOConfig(..., use_vllm=False), rollout_func=ServedRollouts(url, "policy", folder))
 
@@ -31,8 +31,8 @@ class ServedRollouts:
         url: of the server, such as ``"http://localhost:8000"``.
         name: of the mixture there.
         folder: new weights go below it, a folder for every update; only the newest is kept.
-        compare: compute the completions' log-probabilities with the trainer's model, too, and note how far they are off in
-            ``gaps``: one forward more for each rollout.
+        compare: compute the completions' log-probabilities with the trainer's model, too, and note how far they are
+            off in ``gaps``: one forward more for each rollout.
 
     Attributes:
         gaps: for every rollout, the largest difference between the server's and the trainer's log-probabilities; with
@@ -66,8 +66,7 @@ class ServedRollouts:
         completions = [choice["token_ids"] for choice in choices]
         logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
         if self._compare:
-            temperature = trainer.temperature
-            self.gaps.append(_gap(model, prompt_ids, completions, logprobs, temperature))
+            self.gaps.append(_gap(model, prompt_ids, completions, logprobs, trainer.temperature))
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
 
     def _load(self, step: int, model: Any) -> None:
@@ -110,13 +109,13 @@ class ServedRollouts:
 def _check(trainer: Any, model: Any) -> None:
     configs = getattr(model, "peft_config", {})
     if not any(isinstance(config, MoAConfig) for config in configs.values()):
-        raise ValueError(f"ServedRollouts hands over mixtures; the trainer's model is a {type(model).__name__} without one")
+        raise ValueError(f"ServedRollouts hands over mixtures, and the trainer's {type(model).__name__} has none")
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"ServedRollouts has been tried with one process of training, not with {trainer.accelerator.num_processes}"
         )
     if trainer.args.use_vllm:
-        raise ValueError("use_vllm=True starts TRL's own vLLM, which merges adapters: leave it out beside ServedRollouts")
+        raise ValueError("use_vllm=True starts TRL's own vLLM, which merges adapters: leave it out here")
 
 
 def _tokens(prompt: Any, tokenizer: Any) -> list[int]:

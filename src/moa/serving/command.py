@@ -95,8 +95,9 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
 
 
 def _slots(folders: Mapping[str, str], rest: Sequence[str]) -> list[str]:
-    """Options by which vLLM takes mixtures for LoRA adapters, chosen by the name of the model; none for one mixture that
-    stays alone, which is served faster without.
+    """Options by which vLLM takes mixtures for LoRA adapters, chosen by the name of the model.
+
+    None for one mixture that stays alone, which is served faster without.
     """
     given = any(argument.partition("=")[0].replace("_", "-") == "--max-loras" for argument in rest)
     if len(folders) == 1 and not given:
@@ -120,9 +121,8 @@ def _refuse_spans(rest: Sequence[str]) -> None:
     """Raise ValueError for a span plan, before anybody looks for an adapter."""
     if any(argument.partition("=")[0] == "--spans" for argument in rest):
         raise ValueError(
-            "--spans: a plan keeps the first tokens of a text in sight (sink is 1 at least) and gives every head its own "
-            "window, while vLLM has one window for all layers that slide, which forgets those tokens. Use "
-            "`moa generate --spans`"
+            "--spans: a plan keeps the first tokens of a text in sight and gives every head its own window, while vLLM "
+            "has one window for all layers that slide, which forgets those tokens. Use `moa generate --spans`"
         )
 
 

@@ -1,10 +1,10 @@
 """Which mixture is in which of an engine's slots, while mixtures come and go.
 
-Shapes of a running engine are fixed, so a slot takes mixtures of one configuration only. There are at least as many slots
-as mixtures in a batch; when there are more mixtures than slots, they take turns. Nothing here knows vLLM.
+Shapes of a running engine are fixed, so a slot takes mixtures of one configuration only. There are at least as many
+slots as mixtures in a batch; when there are more mixtures than slots, they take turns. Nothing here knows vLLM.
 
-An engine's prefix cache files what it has computed under a mixture's name and folder. What was cached under the two must
-never have been computed with other weights, so the two never stand for other weights: see `Slots.add`.
+An engine's prefix cache files what it has computed under a mixture's name and folder. What was cached under the two
+must never have been computed with other weights, so the two never stand for other weights: see `Slots.add`.
 """
 
 from __future__ import annotations

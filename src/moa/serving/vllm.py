@@ -7,8 +7,8 @@ vLLM finds it by the entry point ``vllm.general_plugins``; `moa.cli.serve` start
 The mixtures are attached after vLLM has built the model, when its own linear layers, merged projections among them, are
 in place, with the same code as in training. At the first forward they are packed, see `moa.serving.packing`.
 
-Without ``--enable-lora`` the model holds one mixture, which every token asks for. With it, it has ``--max-loras`` slots,
-which `moa.serving.vllm_worker` fills, and a mask says which slot every token asks for.
+Without ``--enable-lora`` the model holds one mixture, which every token asks for. With it, it has ``--max-loras``
+slots, which `moa.serving.vllm_worker` fills, and a mask says which slot every token asks for.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class MoAForCausalLM(TransformersForCausalLM):
             config.inference_mode, config.init_weights = True, False
             config.architecture = _merged(config.architecture, self.packed_modules_mapping)
             MoAModel(self.model, {slot: config}, slot)  # attaches; the wrapper itself is not needed
+        # In the dtype that they were trained in, whatever the base's. A slot without a mixture is all zeros.
         for name, parameter in self.model.named_parameters():
-            if ".moa_" in name:  # as they were trained, whatever the base's dtype; a slot without a mixture is all zeros
+            if ".moa_" in name:
                 parameter.requires_grad_(False)
                 parameter.data = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
@@ -107,8 +108,8 @@ class MoAForCausalLM(TransformersForCausalLM):
             return loaded | self.fill(0, ours or adapter_weights(self._folder))
         if ours:
             raise ValueError(
-                "these weights do not say which mixture they are of: hand them over as a folder, by /v1/load_lora_adapter "
-                "or LLMEngine.add_lora"
+                "these weights do not say which mixture they are of: hand them over as a folder, by "
+                "/v1/load_lora_adapter or LLMEngine.add_lora"
             )
         return loaded | {name for name, _ in self.named_parameters() if ".moa_" in name}
 
@@ -207,8 +208,8 @@ def slots_for(configs: Sequence[MoAConfig], slots: int) -> list[MoAConfig]:
         return [copy.deepcopy(configs[0]) for _ in range(slots)]
     if slots != len(configs):
         raise ValueError(
-            f"--max-loras {slots}: mixtures that differ in experts, router or gating have a slot each and nothing besides. "
-            f"Use --max-loras {len(configs)}, or serve those of one configuration together"
+            f"--max-loras {slots}: mixtures that differ in experts, router or gating have a slot each and nothing "
+            f"besides. Use --max-loras {len(configs)}, or serve those of one configuration together"
         )
     return list(configs)
 

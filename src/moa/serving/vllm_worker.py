@@ -1,9 +1,9 @@
 """Mixtures that vLLM's engine tells apart, chosen per request by vLLM's own means for LoRA.
 
-To vLLM a mixture is a LoRA adapter: its scheduler, its prefix cache and its server know which request asks for which, and
-its API loads and unloads them. What it would do with the adapters' weights is not done: the model has slots for them.
-This worker puts a manager in the place of vLLM's that fills the slots and tells the model, token by token, which is
-asked for.
+To vLLM a mixture is a LoRA adapter: its scheduler, its prefix cache and its server know which request asks for which,
+and its API loads and unloads them. What it would do with the adapters' weights is not done: the model has slots for
+them. This worker puts a manager in the place of vLLM's that fills the slots and tells the model, token by token, which
+is asked for.
 """
 
 from __future__ import annotations
