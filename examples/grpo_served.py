@@ -39,6 +39,7 @@ def serve(adapter: Path, base: str, log: Path) -> tuple[subprocess.Popen, str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moa", "serve", f"policy={adapter}", "--base", base, "--port", str(port)]
     options = ["--max-loras", "1", "--logprobs-mode", "processed_logprobs", "--dtype", "float32"]
+    options += ["--chat-template", "{{ messages[0]['content'] }}"]  # nobody chats here
     options += ["--max-model-len", "512", "--enforce-eager"]  # few steps are over before anything is compiled
     environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with log.open("w") as out:

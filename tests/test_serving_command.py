@@ -113,6 +113,19 @@ def test_the_user_has_the_last_word(adapter):
     assert "--served-model-name" not in server.command
 
 
+def test_a_base_without_a_chat_template_takes_one_from_the_user(base, adapter):
+    file = base / "chat_template.jinja"
+    content = file.read_text()
+    file.unlink()
+    try:
+        with pytest.raises(ValueError, match="Give one with vLLM's --chat-template FILE"):
+            plan([str(adapter)], [])
+        command = plan([str(adapter)], ["--chat-template", "mine.jinja"]).command
+    finally:
+        file.write_text(content)
+    assert option(command, "--chat-template") == "mine.jinja"
+
+
 @pytest.mark.parametrize("option", ["--model", "--hf-overrides={}", "--hf_overrides", "--model-impl"])
 def test_what_makes_it_a_mixture_cannot_be_overruled(adapter, option):
     with pytest.raises(ValueError, match="is set by moa serve"):

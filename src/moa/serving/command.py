@@ -70,12 +70,12 @@ def plan(adapters: Sequence[str], rest: Sequence[str], *, base: str | None = Non
         "--served-model-name": base if slots else next(iter(folders)),
         "--hf-overrides": json.dumps(overrides),
     }
-    if (text := chat_template(template, tokenizer)) is not None:
+    given = {argument.partition("=")[0].replace("_", "-") for argument in rest if argument.startswith("--")}
+    if "--chat-template" not in given and (text := chat_template(template, tokenizer)) is not None:
         settings["--chat-template"] = text
     if (ends := _ends(source, tokenizer)) is not None:
         settings["--override-generation-config"] = json.dumps({"eos_token_id": ends})
     _refuse_taken(rest, bool(slots))
-    given = {argument.partition("=")[0].replace("_", "-") for argument in rest if argument.startswith("--")}
     ours = [part for option, value in settings.items() if option not in given for part in (option, value)]
     return Server([sys.executable, "-m", SERVER, *ours, *slots, *rest], folders, base, template)
 
