@@ -7,6 +7,7 @@ this process. What transformers says is asked before the first engine starts, si
 from __future__ import annotations
 
 import gc
+import json
 import os
 import socket
 import subprocess
@@ -25,6 +26,7 @@ pytest.importorskip("vllm")
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import perturb, seeded
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -166,6 +168,49 @@ def tiny_case(family: str, folder: Path) -> Case:
     return Case(base, adapter, prompts, answers_of(base, adapter, prompts))
 
 
+def four_bit(base: str, plain: Path, packed: Path) -> None:
+    """A base in four bits, in groups of 32: its weights as plain numbers, and the same packed as vLLM reads them."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if "_proj." not in name:
+            tensors[name] = parameter.data
+            continue
+        groups = parameter.data.unflatten(1, (-1, 32))
+        scale = groups.abs().amax(-1, keepdim=True) / 7
+        steps = (groups / scale).round().clamp(-8, 7)
+        parameter.data.copy_((steps * scale).flatten(1))
+        nibbles = (steps.flatten(1).unflatten(1, (-1, 8)).long() + 8) << torch.arange(0, 32, 4)
+        words = nibbles.sum(-1)
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.weight_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
+        tensors[f"{module}.weight_scale"] = scale.squeeze(-1)
+        tensors[f"{module}.weight_shape"] = torch.tensor(parameter.shape)
+    model.save_pretrained(plain)
+    model.config.save_pretrained(packed)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    file = packed / "config.json"
+    quantised = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+
+
+def four_bit_case(folder: Path) -> Case:
+    four_bit(str(tiny_base("llama", folder / "base")), folder / "plain", folder / "packed")
+    adapter = folder / "adapter"
+    perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "plain"), every_kind(False))).save_pretrained(
+        adapter
+    )
+    prompts = random_prompts(97, 6)
+    return Case(str(folder / "packed"), str(adapter), prompts, answers_of(str(folder / "plain"), str(adapter), prompts))
+
+
 def trained_case(name: str, config: moa.MoAConfig, folder: Path, number: int, **training: int) -> Case:
     base = models.find(name).place
     adapter = trained(base, config, folder, **training)
@@ -184,6 +229,7 @@ def base_case(name: str, number: int) -> Case:
 
 
 TRAINED: dict[str, Callable[[Path], Case]] = {
+    "four-bit": four_bit_case,
     "base": lambda folder: base_case("embedded", 16),
     "soft": lambda folder: trained_case("embedded", soft(), folder, 64, steps=20, rows=8),
     "early": lambda folder: trained_case("embedded", soft(), folder, 8, steps=10, rows=8),
@@ -343,8 +389,6 @@ def test_the_prefix_cache(cases):
 @pytest.mark.case("soft")
 def test_new_weights_in_place(cases):
     """As in reinforcement learning: the engine goes on with what a trainer hands over."""
-    from safetensors.torch import load_file
-
     soft = cases["soft"]
     tensors = load_file(Path(soft.adapter, "adapter_model.safetensors"))
     with engine(soft.base, {"soft": soft.adapter}, enable_prefix_caching=False) as llm:
@@ -356,6 +400,14 @@ def test_new_weights_in_place(cases):
         wrong = {"base_model.model.model.layers.0.mixture.moa_w9.weight": torch.zeros(1)}
         with pytest.raises(ValueError, match="missing"):
             llm.apply_model(lambda model: model.load_weights(wrong.items()) and None)
+
+
+@pytest.mark.case("four-bit")
+def test_a_quantised_base(cases):
+    """Weights of four bits that vLLM multiplies with as they are; merged projections among them."""
+    case = cases["four-bit"]
+    with engine(case.base, {"tiny": case.adapter}, max_model_len=128) as llm:
+        check(ask(llm, case.prompts), case.answers)
 
 
 @pytest.mark.case("smollm2")
