@@ -144,9 +144,12 @@ def trained(base: str, config: moa.MoAConfig, folder: Path, *, steps: int, rows:
 
 
 @torch.no_grad()
-def answers_of(base: str, adapter: str | None, prompts: list[list[int]], new: int = NEW) -> list[Answer]:
+def answers_of(
+    base: str, adapter: str | None, prompts: list[list[int]], new: int = NEW, prepare: Callable[[Any], object] = id
+) -> list[Answer]:
     eager = {"attn_implementation": "eager"}  # the only one of transformers' that caps logits, as Gemma 2 and vLLM do
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **eager)
+    prepare(model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
     answers = []
@@ -168,47 +171,59 @@ def tiny_case(family: str, folder: Path) -> Case:
     return Case(base, adapter, prompts, answers_of(base, adapter, prompts))
 
 
-def four_bit(base: str, plain: Path, packed: Path) -> None:
-    """A base in four bits, in groups of 32: its weights as plain numbers, and the same packed as vLLM reads them."""
+class Int8Linear(torch.nn.Linear):
+    """Eight bits for weights, by rows, and for what is read, by tokens; the arithmetic is transformers' own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / scale).round() * scale)
+
+
+def int8(base: Path, packed: Path) -> None:
+    """Save a base in eight bits as vLLM reads them; in place, ``base`` becomes the same numbers in float32."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if "_proj." not in name:
-            tensors[name] = parameter.data
-            continue
-        groups = parameter.data.unflatten(1, (-1, 32))
-        scale = groups.abs().amax(-1, keepdim=True) / 7
-        steps = (groups / scale).round().clamp(-8, 7)
-        parameter.data.copy_((steps * scale).flatten(1))
-        nibbles = (steps.flatten(1).unflatten(1, (-1, 8)).long() + 8) << torch.arange(0, 32, 4)
-        words = nibbles.sum(-1)
-        module = name.removesuffix(".weight")
-        tensors[f"{module}.weight_packed"] = torch.where(words >= 2**31, words - 2**32, words).int()
-        tensors[f"{module}.weight_scale"] = scale.squeeze(-1)
-        tensors[f"{module}.weight_shape"] = torch.tensor(parameter.shape)
-    model.save_pretrained(plain)
+    tensors = dict(model.named_parameters())
+    for name in [name for name in tensors if "_proj." in name]:
+        weight = tensors.pop(name).data
+        scale = weight.abs().amax(-1, keepdim=True) / 127
+        steps = (weight / scale).round()
+        weight.copy_(steps * scale)
+        tensors |= {name: steps.to(torch.int8), f"{name}_scale": scale}
+    model.save_pretrained(base)
     model.config.save_pretrained(packed)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors")
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    file = packed / "config.json"
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors")
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": number | {"strategy": "channel"},
+        "input_activations": number | {"strategy": "token", "dynamic": True},
+    }
     quantised = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
+    file = packed / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
 
 
-def four_bit_case(folder: Path) -> Case:
-    four_bit(str(tiny_base("llama", folder / "base")), folder / "plain", folder / "packed")
-    adapter = folder / "adapter"
-    perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "plain"), every_kind(False))).save_pretrained(
-        adapter
-    )
+def int8_case(folder: Path) -> Case:
+    """A mixture on a base in eight bits."""
+
+    def quantise(model: Any) -> None:
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.__class__ = Int8Linear
+
+    base = tiny_base("llama", folder / "base")
+    int8(base, folder / "packed")
+    adapter = str(folder / "adapter")
+    config = every_kind(False, router=moa.Router(input="attention"))
+    perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)).save_pretrained(adapter)
     prompts = random_prompts(97, 6)
-    return Case(str(folder / "packed"), str(adapter), prompts, answers_of(str(folder / "plain"), str(adapter), prompts))
+    return Case(str(folder / "packed"), adapter, prompts, answers_of(str(base), adapter, prompts, prepare=quantise))
 
 
 def trained_case(name: str, config: moa.MoAConfig, folder: Path, number: int, **training: int) -> Case:
@@ -229,7 +244,7 @@ def base_case(name: str, number: int) -> Case:
 
 
 TRAINED: dict[str, Callable[[Path], Case]] = {
-    "four-bit": four_bit_case,
+    "int8": int8_case,
     "base": lambda folder: base_case("embedded", 16),
     "soft": lambda folder: trained_case("embedded", soft(), folder, 64, steps=20, rows=8),
     "early": lambda folder: trained_case("embedded", soft(), folder, 8, steps=10, rows=8),
@@ -288,12 +303,12 @@ def ask(llm: Any, prompts: list[list[int]], new: int = NEW, **options: Any) -> l
     ]
 
 
-def check(given: list[Answer], expected: list[Answer]) -> None:
+def check(given: list[Answer], expected: list[Answer], close: float = CLOSE) -> None:
     equal = sum(a.tokens == b.tokens for a, b in zip(given, expected, strict=True))
     assert equal == len(expected), f"{equal} of {len(expected)} answers are equal"
     pairs = zip(given, expected, strict=True)
     off = max(abs(x - y) for a, b in pairs for x, y in zip(a.log_probabilities, b.log_probabilities, strict=True))
-    assert off < CLOSE
+    assert off < close
     print(f"{len(expected)} answers equal, log-probabilities within {off:.1e}")
 
 
@@ -402,12 +417,14 @@ def test_new_weights_in_place(cases):
             llm.apply_model(lambda model: model.load_weights(wrong.items()) and None)
 
 
-@pytest.mark.case("four-bit")
+@pytest.mark.case("int8")
 def test_a_quantised_base(cases):
-    """Weights of four bits that vLLM multiplies with as they are; merged projections among them."""
-    case = cases["four-bit"]
+    """Weights and activations of eight bits, the only ones that vLLM multiplies on every CPU."""
+    case = cases["int8"]
     with engine(case.base, {"tiny": case.adapter}, max_model_len=128) as llm:
-        check(ask(llm, case.prompts), case.answers)
+        check(
+            ask(llm, case.prompts), case.answers, close=2e-2
+        )  # where rounding falls the other way, a step is a hundredth
 
 
 @pytest.mark.case("smollm2")
