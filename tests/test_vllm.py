@@ -369,6 +369,7 @@ def test_mixtures_come_and_go_while_it_runs(cases, eager):
     settings = {"enable_lora": True, "max_loras": 2, "worker_cls": WORKER, "enable_prefix_caching": True}
     with engine(soft.base, {"soft": soft.adapter}, enforce_eager=eager, **settings) as llm:
         running = llm.llm_engine
+        assert bool(running.vllm_config.compilation_config.mode) is not eager
         mine = LoRARequest("soft", 1, soft.adapter)
         check(ask(llm, prompts, lora_request=mine), soft.answers[: len(prompts)])
         second, third = LoRARequest("early", 2, early.adapter), LoRARequest("earlier", 3, earlier.adapter)
