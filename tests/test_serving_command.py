@@ -67,9 +67,11 @@ def test_a_name_of_ones_own(adapter):
     assert server.adapters == {"better": str(adapter)}
 
 
-def test_span_plans_are_refused(adapter):
-    with pytest.raises(ValueError, match="--spans: a plan keeps the first tokens"):
-        plan([str(adapter)], ["--spans", "plan.json"])
+@pytest.mark.parametrize("rest", [["--spans", "plan.json"], ["--spans=plan.json"]])
+def test_span_plans_are_refused(adapter, rest):
+    for served in (str(adapter), "a-base-alone"):
+        with pytest.raises(ValueError, match="--spans: a plan keeps the first tokens"):
+            plan([served], rest)
 
 
 def test_several_adapters_are_chosen_by_the_name_of_the_model(base, adapter, tmp_path):
@@ -81,8 +83,16 @@ def test_several_adapters_are_chosen_by_the_name_of_the_model(base, adapter, tmp
     assert command[modules + 1 :] == [f"mine={adapter}", f"second={other}", "--port", "1"]
     assert option(command, "--worker-cls") == "moa.serving.vllm_worker.MoAWorker"
     assert option(command, "--max-loras") == "2"
-    with pytest.raises(ValueError, match="--max-loras is set by moa serve"):
-        plan([str(adapter), str(other)], ["--max-loras", "1"])
+    with pytest.raises(ValueError, match="--worker-cls is set by moa serve"):
+        plan([str(adapter), str(other)], ["--worker-cls", "mine"])
+
+
+def test_slots_for_mixtures_that_come_later(base, adapter):
+    command = plan([str(adapter)], ["--max-loras", "4"]).command
+    assert option(command, "--served-model-name") == str(base)
+    assert option(command, "--lora-modules") == f"mine={adapter}"
+    assert command.count("--max-loras") == 1
+    assert "--enable-lora" in command
 
 
 def test_two_adapters_of_one_name_are_refused(adapter):
@@ -101,6 +111,19 @@ def test_adapters_of_two_bases_are_refused(base, adapter, tmp_path):
 def test_the_user_has_the_last_word(adapter):
     server = plan([str(adapter)], ["--served-model-name=other"])
     assert "--served-model-name" not in server.command
+
+
+def test_a_base_without_a_chat_template_takes_one_from_the_user(base, adapter):
+    file = base / "chat_template.jinja"
+    content = file.read_text()
+    file.unlink()
+    try:
+        with pytest.raises(ValueError, match="Give one with vLLM's --chat-template FILE"):
+            plan([str(adapter)], [])
+        command = plan([str(adapter)], ["--chat-template", "mine.jinja"]).command
+    finally:
+        file.write_text(content)
+    assert option(command, "--chat-template") == "mine.jinja"
 
 
 @pytest.mark.parametrize("option", ["--model", "--hf-overrides={}", "--hf_overrides", "--model-impl"])
@@ -204,8 +227,8 @@ def test_releases():
 def test_compiled_code_is_kept_by_configuration_and_not_by_folder(base, tmp_path):
     one, same = (configuration(saved(base, tmp_path / name)) for name in "ab")
     other = configuration(saved(base, tmp_path / "c", gating=moa.Soft()))
-    assert fingerprint({"x": one}) == fingerprint({"x": same})
-    assert fingerprint({"x": one}) != fingerprint({"x": other})
+    assert fingerprint([one]) == fingerprint([same])
+    assert fingerprint([one]) != fingerprint([other])
 
 
 def test_the_verb_names_what_is_missing(adapter, monkeypatch):

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moa.cli.keys import flags
+from moa.cli.options import AddressOption, EngineOption, WorkersOption
 
 
 def bench(
@@ -21,16 +22,9 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="Run this method alone; may be repeated.", metavar="METHOD")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Cells at a time, each a process of one thread. Default: 1; all processors of a cluster."
-        ),
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: a cluster whose machines share the output folder.")
-    ] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, such as auto or HOST:6379.")] = None,
+    workers: WorkersOption = None,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     any_version: Annotated[
         bool,
         typer.Option("--any-version", help="Go on from cells that were made with other versions of torch and so on."),

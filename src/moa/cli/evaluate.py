@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from moa.cli.options import (
+    AddressOption,
     BaseOption,
     DataOption,
     Dtype,
     DtypeOption,
+    EngineOption,
     NewTokensOption,
     SeedOption,
     SpansOption,
     TemplateOption,
+    WorkersOption,
     check_places,
 )
 from moa.cli.tables import accuracy_table, progress_bar
@@ -36,6 +40,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward; does not change the answers.")] = 32,
     dtype: DtypeOption = Dtype.auto,
     seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
 ) -> None:
     """Measure accuracy: greedy answers, fixed extraction rules, 95 % intervals.
 
@@ -45,16 +52,48 @@ def evaluate(
         `moa eval runs/my-adapter --data data/gsm8k --data data/boolq --output results/mine.json`
 
         `moa eval --base Qwen/Qwen3-8B --data openai/gsm8k:main --limit 200`
+
+        `moa eval runs/my-adapter --workers 4`
     """
     check_places(adapter, spans)
-    from moa.evaluation import models
     from moa.evaluation.results import as_json, family_means, write
-    from moa.evaluation.sets import evaluate_sets, load_all
+    from moa.evaluation.sets import load_all
 
     sources = data or ["tasks:all"]
     sets = load_all(sources, limit=limit, seed=seed, max_new_tokens=max_new_tokens)
-    loaded = models.load(adapter, base, dtype=dtype, template=template, spans=spans)
+    model = {"adapter": adapter, "base": base, "dtype": dtype, "template": template, "spans": spans}
     console = Console()
+    if workers is None and engine == "local":
+        outcomes, about = _one_after_the_other(console, sets, model, batch_size)
+    else:
+        logs = Path(f"{output.with_suffix('')}-logs" if output else tempfile.mkdtemp(prefix="moa-eval-"))
+        outcomes, about = _in_processes(console, sets, model, batch_size, logs, (engine, workers, address))
+    console.print(accuracy_table(outcomes, family_means(outcomes)))
+    if output is not None:
+        settings = {
+            "base": about["base"],
+            "adapter": adapter,
+            "spans": spans,
+            "data": sources,
+            "limit": limit,
+            "seed": seed,
+            "template": about["template"],
+            "batch_size": batch_size,
+            "dtype": about["dtype"],
+            "decoding": "greedy",
+        }
+        write(output, as_json(outcomes, settings))
+        console.print(f"settings and every answer: {output}", markup=False, highlight=False)
+
+
+Outcomes = tuple[list[Any], dict[str, str]]
+
+
+def _one_after_the_other(console: Console, sets: list[Any], model: dict[str, Any], batch_size: int) -> Outcomes:
+    from moa.evaluation.models import load
+    from moa.evaluation.sets import evaluate_sets
+
+    loaded = load(**model)
     with progress_bar(console) as bar:
         line = bar.add_task("", total=sum(len(found.rows) for found in sets))
         outcomes = evaluate_sets(
@@ -65,19 +104,20 @@ def evaluate(
             batch_size=batch_size,
             progress=lambda name, rows: bar.update(line, description=name, advance=rows),
         )
-    console.print(accuracy_table(outcomes, family_means(outcomes)))
-    if output is not None:
-        settings = {
-            "base": loaded.base,
-            "adapter": adapter,
-            "spans": spans,
-            "data": sources,
-            "limit": limit,
-            "seed": seed,
-            "template": loaded.template,
-            "batch_size": batch_size,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "decoding": "greedy",
-        }
-        write(output, as_json(outcomes, settings))
-        console.print(f"settings and every answer: {output}", markup=False, highlight=False)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return outcomes, {"base": loaded.base, "template": loaded.template, "dtype": dtype}
+
+
+def _in_processes(
+    console: Console, sets: list[Any], model: dict[str, Any], batch_size: int, logs: Path, where: tuple[Any, ...]
+) -> Outcomes:
+    from moa.choices import check_choice
+    from moa.studies.engine import ENGINES, Engine
+    from moa.studies.evaluations import evaluate_on
+
+    check_choice("engine", where[0], ENGINES)
+    with progress_bar(console) as bar:
+        line = bar.add_task("sets", total=len(sets))
+        return evaluate_on(
+            Engine(*where), sets, model, batch_size=batch_size, logs=logs, told=lambda: bar.update(line, advance=1)
+        )

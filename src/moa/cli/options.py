@@ -52,6 +52,18 @@ SpansOption = Annotated[
         help="Span plan (JSON) to attend by, or none for dense attention. Default: what the adapter was trained under.",
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="So many at a time, each a process of one thread. Default: 1; all processors of a cluster.",
+    ),
+]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="local, or ray: a cluster whose machines share the output folder.")
+]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster, such as auto or HOST:6379.")]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(

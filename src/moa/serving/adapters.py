@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftConfig
@@ -61,8 +61,8 @@ def weights(adapter: str | Path) -> dict[str, Tensor]:
     return load_file(Path(existing(str(adapter), "adapter")) / WEIGHTS)
 
 
-def fingerprint(configs: Mapping[str, MoAConfig]) -> str:
-    """What compiled code depends on: all that is not a tensor, in its order."""
-    fields = [[name, config.to_dict() | {"base_model_name_or_path": None}] for name, config in configs.items()]
-    said = json.dumps(fields, sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()
+def fingerprint(configs: Sequence[MoAConfig]) -> str:
+    """What shapes and compiled code of mixtures depend on, in their order."""
+    said = ("experts", "router", "gating", "layers_to_transform", "architecture")
+    fields = [{name: config.to_dict()[name] for name in said} for config in configs]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

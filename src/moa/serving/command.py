@@ -53,6 +53,7 @@ def plan(adapters: Sequence[str], rest: Sequence[str], *, base: str | None = Non
         ValueError: an adapter cannot be served, two have one name, or they do not belong to one base.
         FileNotFoundError: no such folder.
     """
+    _refuse_spans(rest)
     folders = _named(adapters)
     for folder in folders.values():
         configuration(folder)
@@ -62,21 +63,21 @@ def plan(adapters: Sequence[str], rest: Sequence[str], *, base: str | None = Non
     if source.gguf:
         raise ValueError(f"the base {base!r} is a GGUF file, which is not served: convert it to a Hugging Face folder")
     tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options)
+    slots = _slots(folders, rest)
     overrides = {"architectures": [ARCHITECTURE], "moa_adapters": folders}
     settings: dict[str, str] = {
         "--model": source.place,
-        "--served-model-name": next(iter(folders)) if len(folders) == 1 else base,
+        "--served-model-name": base if slots else next(iter(folders)),
         "--hf-overrides": json.dumps(overrides),
     }
-    if (text := chat_template(template, tokenizer)) is not None:
+    given = {argument.partition("=")[0].replace("_", "-") for argument in rest if argument.startswith("--")}
+    if "--chat-template" not in given and (text := chat_template(template, tokenizer)) is not None:
         settings["--chat-template"] = text
     if (ends := _ends(source, tokenizer)) is not None:
         settings["--override-generation-config"] = json.dumps({"eos_token_id": ends})
-    several = [] if len(folders) == 1 else _several(folders)
-    _refuse_taken(rest, bool(several))
-    given = {argument.partition("=")[0].replace("_", "-") for argument in rest if argument.startswith("--")}
+    _refuse_taken(rest, bool(slots))
     ours = [part for option, value in settings.items() if option not in given for part in (option, value)]
-    return Server([sys.executable, "-m", SERVER, *ours, *several, *rest], folders, base, template)
+    return Server([sys.executable, "-m", SERVER, *ours, *slots, *rest], folders, base, template)
 
 
 def _named(adapters: Sequence[str]) -> dict[str, str]:
@@ -93,10 +94,17 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _several(folders: Mapping[str, str]) -> list[str]:
-    """Options by which vLLM takes mixtures for LoRA adapters, chosen by the name of the model."""
+def _slots(folders: Mapping[str, str], rest: Sequence[str]) -> list[str]:
+    """Options by which vLLM takes mixtures for LoRA adapters, chosen by the name of the model.
+
+    None for one mixture that stays alone, which is served faster without.
+    """
+    given = any(argument.partition("=")[0].replace("_", "-") == "--max-loras" for argument in rest)
+    if len(folders) == 1 and not given:
+        return []
+    number = [] if given else ["--max-loras", str(len(folders))]
     modules = [f"{name}={folder}" for name, folder in folders.items()]
-    return ["--enable-lora", "--max-loras", str(len(folders)), "--worker-cls", WORKER, "--lora-modules", *modules]
+    return ["--enable-lora", *number, "--worker-cls", WORKER, "--lora-modules", *modules]
 
 
 def _common(what: str, found: Mapping[str, str]) -> str:
@@ -109,17 +117,21 @@ def _common(what: str, found: Mapping[str, str]) -> str:
     return value
 
 
-def _refuse_taken(rest: Sequence[str], several: bool) -> None:
+def _refuse_spans(rest: Sequence[str]) -> None:
+    """Raise ValueError for a span plan, before anybody looks for an adapter."""
+    if any(argument.partition("=")[0] == "--spans" for argument in rest):
+        raise ValueError(
+            "--spans: a plan keeps the first tokens of a text in sight and gives every head its own window, while vLLM "
+            "has one window for all layers that slide, which forgets those tokens. Use `moa generate --spans`"
+        )
+
+
+def _refuse_taken(rest: Sequence[str], slots: bool) -> None:
     """Raise ValueError for arguments that would undo what makes it a server of mixtures."""
     taken = ["--model", "--hf-overrides", "--model-impl"]
-    taken += ["--enable-lora", "--max-loras", "--worker-cls", "--lora-modules"] if several else []
+    taken += ["--enable-lora", "--worker-cls", "--lora-modules"] if slots else []
     for argument in rest:
         option = argument.partition("=")[0].replace("_", "-")
-        if option == "--spans":
-            raise ValueError(
-                "--spans: a plan keeps the first tokens of a text in sight and gives every head its own window, while "
-                "vLLM's windows are of whole layers and forget those tokens. Use `moa generate --spans`"
-            )
         if option in taken:
             raise ValueError(f"{option} is set by moa serve: the base model is chosen with --base, nothing else there")
 

@@ -6,12 +6,16 @@ vLLM finds it by the entry point ``vllm.general_plugins``; `moa.cli.serve` start
 
 The mixtures are attached after vLLM has built the model, when its own linear layers, merged projections among them, are
 in place, with the same code as in training. At the first forward they are packed, see `moa.serving.packing`.
+
+Without ``--enable-lora`` the model holds one mixture, which every token asks for. With it, it has ``--max-loras``
+slots, which `moa.serving.vllm_worker` fills, and a mask says which slot every token asks for.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,36 +54,45 @@ class MoAForCausalLM(TransformersForCausalLM):
         if not folders:
             raise ValueError("MoAForCausalLM needs hf_overrides={'moa_adapters': {NAME: FOLDER}}; `moa serve` sets it")
         refuse_engine(vllm_config, len(folders))
-        configs = {name: configuration(folder) for name, folder in folders.items()}
+        given = [configuration(folder) for folder in folders.values()]
+        lora = vllm_config.lora_config
+        configs = given if lora is None else slots_for(given, lora.max_loras)
         with _own_architectures(vllm_config.model_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # Part of the name under which compiled code is kept: it depends on the configurations, not on their folders.
+        # Compiled code is kept under a name that depends on the configurations and not on the folders.
+        del self.config.moa_adapters
         vllm_config.additional_config = {**vllm_config.additional_config, "moa": fingerprint(configs)}
-        self.mixtures = folders
+        self.bases = {config.base_model_name_or_path for config in given}
+        self.kinds = [fingerprint([config]) for config in configs]
         self.mask: Tensor | None = None
-        if len(folders) > 1:
+        if lora is None:
+            (self._folder,) = folders.values()
+        else:
             tokens = -(-vllm_config.scheduler_config.max_num_batched_tokens // 8) * 8  # runners pad to a multiple of 8
-            self.mask = torch.zeros(tokens, len(folders), device=self.device_config.device)
+            self.mask = torch.zeros(tokens, len(configs), device=self.device_config.device)
         self._packed: Packed | None = None
         self._is_current = False
         with torch.device(self.device_config.device):
             self._attach(configs)
 
-    def _attach(self, configs: Mapping[str, MoAConfig]) -> None:
-        for name, config in configs.items():
+    def _attach(self, configs: Sequence[MoAConfig]) -> None:
+        self._slots = [f"slot{number}" for number in range(len(configs))]
+        for slot, config in zip(self._slots, configs, strict=True):
             config.inference_mode, config.init_weights = True, False
             config.architecture = _merged(config.architecture, self.packed_modules_mapping)
-            MoAModel(self.model, {name: config}, name)  # attaches; the wrapper itself is not needed
+            MoAModel(self.model, {slot: config}, slot)  # attaches; the wrapper itself is not needed
+        # In the dtype that they were trained in, whatever the base's. A slot without a mixture is all zeros.
         for name, parameter in self.model.named_parameters():
-            if ".moa_" in name:  # as they were trained, whatever the base's dtype
+            if ".moa_" in name:
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.data = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Weights of the base, of the mixture (named as in its file), or both; the mixture's first ones are its file's.
 
         Raises:
-            ValueError: a tensor of the mixture is missing, unknown, or of another shape.
+            ValueError: a tensor of the mixture is missing, unknown, or of another shape, or there are slots, of which
+                nothing says which one is meant.
         """
         ours: dict[str, Tensor] = {}
 
@@ -91,17 +104,26 @@ class MoAForCausalLM(TransformersForCausalLM):
                     yield name, tensor
 
         loaded = set(super().load_weights(of_base()))
+        if self.mask is None:
+            return loaded | self.fill(0, ours or adapter_weights(self._folder))
         if ours:
-            if len(self.mixtures) > 1:
-                raise ValueError(f"new weights do not say which mixture of {[*self.mixtures]} they are of: serve one")
-            return loaded | self._load_adapter(next(iter(self.mixtures)), ours)
-        for name, folder in self.mixtures.items():
-            loaded |= self._load_adapter(name, adapter_weights(folder))
-        return loaded
+            raise ValueError(
+                "these weights do not say which mixture they are of: hand them over as a folder, by "
+                "/v1/load_lora_adapter or LLMEngine.add_lora"
+            )
+        return loaded | {name for name, _ in self.named_parameters() if ".moa_" in name}
 
-    def _load_adapter(self, adapter: str, given: Mapping[str, Tensor]) -> set[str]:
-        """Copy tensors; an expert is found by its block's number and its name, which is unique in the block."""
-        own: dict[tuple[int, str], str] = {}
+    def fill(self, slot: int, given: Mapping[str, Tensor]) -> set[str]:
+        """Let a slot compute with these tensors, named as in a mixture's file, from the next forward on.
+
+        Returns:
+            The names of the slot's parameters.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape; nothing has changed then.
+        """
+        adapter = self._slots[slot]
+        own: dict[tuple[int, str], str] = {}  # an expert's name is unique in its block
         for name, _ in self.named_parameters():
             if f".{adapter}." in name and ".moa_" in name:
                 own[_place(name.replace(f".{adapter}.", ".", 1))] = name
@@ -122,7 +144,7 @@ class MoAForCausalLM(TransformersForCausalLM):
         """Before the first forward and after new weights: vLLM has finished with the base's weights only now."""
         self._is_current = True
         if self._packed is None:
-            self._packed = Packed(self.model, list(self.mixtures), self._ask, self.mask)
+            self._packed = Packed(self.model, self._slots, self._ask, self.mask)
         else:
             self._packed.refresh()
 
@@ -163,13 +185,33 @@ def refuse_engine(vllm_config: Any, mixtures: int) -> None:
             )
     if vllm_config.speculative_config is not None:
         raise ValueError("--speculative-config does not go with a mixture: leave it out")
-    if mixtures == 1 and vllm_config.lora_config is not None:
-        raise ValueError("--enable-lora does not go with one mixture: vLLM would not mix its LoRA in. Leave it out")
-    if mixtures > 1 and (vllm_config.lora_config is None or parallel.worker_cls != WORKER):
+    if vllm_config.lora_config is None:
+        if mixtures > 1:
+            raise ValueError(
+                f"{mixtures} mixtures in one engine need --enable-lora --max-loras {mixtures} --worker-cls {WORKER}, "
+                "which `moa serve` sets"
+            )
+    elif parallel.worker_cls != WORKER:
         raise ValueError(
-            f"{mixtures} mixtures in one engine need --enable-lora --max-loras {mixtures} --worker-cls {WORKER}, which "
-            "`moa serve` sets"
+            f"--enable-lora needs --worker-cls {WORKER} beside mixtures, as vLLM would not mix its LoRA in; `moa serve "
+            "ADAPTER --max-loras N` sets both"
         )
+
+
+def slots_for(configs: Sequence[MoAConfig], slots: int) -> list[MoAConfig]:
+    """What every slot of an engine has room for, given the mixtures that it starts with.
+
+    Raises:
+        ValueError: mixtures of different configurations, and not a slot for each.
+    """
+    if len({fingerprint([config]) for config in configs}) == 1:
+        return [copy.deepcopy(configs[0]) for _ in range(slots)]
+    if slots != len(configs):
+        raise ValueError(
+            f"--max-loras {slots}: mixtures that differ in experts, router or gating have a slot each and nothing "
+            f"besides. Use --max-loras {len(configs)}, or serve those of one configuration together"
+        )
+    return list(configs)
 
 
 @contextmanager

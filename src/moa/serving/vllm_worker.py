@@ -1,8 +1,9 @@
-"""Several mixtures of one base in one vLLM engine, chosen per request by vLLM's own means for LoRA.
+"""Mixtures that vLLM's engine tells apart, chosen per request by vLLM's own means for LoRA.
 
-To vLLM a mixture is a LoRA adapter: its scheduler, its prefix cache and its server know which request asks for which.
-What it would do with the adapters' weights is not done: they are in the model already. This worker puts a manager in
-the place of vLLM's that tells the model, token by token, which of its mixtures is asked for.
+To vLLM a mixture is a LoRA adapter: its scheduler, its prefix cache and its server know which request asks for which,
+and its API loads and unloads them. What it would do with the adapters' weights is not done: the model has slots for
+them. This worker puts a manager in the place of vLLM's that fills the slots and tells the model, token by token, which
+is asked for.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import torch
 from torch import nn
 
 from moa.extras import extra
+from moa.serving.slots import Slots
 
 with extra("serve"):
+    from vllm.config import CompilationMode
     from vllm.platforms import current_platform
+
+PREPARED = "cpp.dynamic_threads"
+"""A setting of inductor's by which vLLM prepares compilation on CPUs."""
 
 
 def _worker_of_platform() -> Any:
@@ -30,11 +36,18 @@ def _worker_of_platform() -> Any:
         from vllm.v1.worker.gpu_worker import Worker
 
         return Worker
-    raise ValueError(f"several mixtures in one engine run on CPUs and CUDA, not on {current_platform.device_name}")
+    raise ValueError(f"mixtures with --enable-lora run on CPUs and CUDA, not on {current_platform.device_name}")
 
 
 class MoAWorker(_worker_of_platform()):  # type: ignore[misc]
     """The platform's worker, with `Mixtures` in the place of vLLM's manager of LoRA adapters."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
+        compilation = vllm_config.compilation_config
+        if current_platform.is_cpu() and PREPARED in compilation.inductor_compile_config:
+            # On CPUs vLLM takes compilation back for the sake of its own LoRA kernels, which do not run here.
+            compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
         super().init_device()
@@ -42,62 +55,48 @@ class MoAWorker(_worker_of_platform()):  # type: ignore[misc]
 
 
 def _manage(runner: Any, model: Any, vllm_config: Any, device: torch.device) -> nn.Module:
-    runner.lora_manager = Mixtures(model.mixtures, model.mask)
+    caching = vllm_config.cache_config.enable_prefix_caching
+    runner.lora_manager = Mixtures(Slots(model.kinds, model.fill, model.bases, caching=caching), model.mask)
     return model  # type: ignore[no-any-return]
 
 
 class Mixtures:
-    """Knows the mixtures by the numbers that vLLM gives them; has the methods of vLLM's manager that its runners call.
+    """Has the methods of vLLM's manager that its runners call.
 
     Args:
-        folders: name of every mixture -> its folder, in the order of the mask's columns.
-        mask: (tokens, mixtures), written before every forward.
+        slots: of the model.
+        mask: (tokens, slots), written before every forward.
     """
 
-    def __init__(self, folders: dict[str, str], mask: torch.Tensor):
-        self._folders = folders
+    def __init__(self, slots: Slots, mask: torch.Tensor):
+        self._slots = slots
         self._mask = mask
-        self._columns: dict[int, int] = {}  # vLLM's number -> column
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Before a forward: ``mapping.index_mapping`` has the number of every token's mixture, 0 for the base alone."""
-        for request in requests:
-            self.add_adapter(request)
-        rows = torch.zeros(max(self._columns, default=0) + 1, self._mask.shape[1], dtype=self._mask.dtype)
-        for number, column in self._columns.items():
-            rows[number, column] = 1
+        used = self._slots.use(requests)
+        rows = torch.zeros(max(used, default=0) + 1, self._mask.shape[1], dtype=self._mask.dtype)
+        for number, slot in used.items():
+            rows[number, slot] = 1
         asked = rows[torch.tensor(mapping.index_mapping, dtype=torch.long)]
         self._mask[: len(asked)].copy_(asked)
 
     def add_adapter(self, request: Any) -> bool:
-        """Learn a mixture's number.
-
-        Raises:
-            ValueError: it is none of those that the engine was started with.
-        """
-        if request.lora_int_id in self._columns and not request.load_inplace:
-            return False
-        folder = self._folders.get(request.lora_name)
-        if folder is None or request.lora_path != folder or request.load_inplace:
-            raise ValueError(
-                f"{request.lora_name!r} ({request.lora_path}) is not loaded into a running engine: mixtures are given "
-                f"at its start. This one has {self._folders}"
-            )
-        self._columns[request.lora_int_id] = list(self._folders).index(request.lora_name)
+        """Load a mixture, or with ``load_inplace`` new weights of one; errors are as in `Slots.add`."""
+        self._slots.add(request, again=request.load_inplace)
         return True
 
     def remove_adapter(self, number: int) -> bool:
-        """Forget a number; the mixture's weights stay."""
-        return self._columns.pop(number, None) is not None
+        return self._slots.remove(number)
 
     def remove_all_adapters(self) -> None:
-        self._columns.clear()
+        self._slots.clear()
 
     def list_adapters(self) -> set[int]:
-        return set(self._columns)
+        return self._slots.numbers
 
     def pin_adapter(self, number: int) -> bool:
-        return number in self._columns
+        raise ValueError("mixtures are not pinned to a slot: start with as many slots as mixtures, --max-loras N")
 
     def supports_tower_connector_lora(self) -> bool:
         return False
@@ -112,5 +111,5 @@ class Mixtures:
         return default_rank
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
-        self._columns[request.lora_int_id] = (request.lora_int_id - 1) % self._mask.shape[1]
+        self._slots.pretend(request)
         return True
