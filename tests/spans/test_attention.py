@@ -234,19 +234,20 @@ def test_reading_and_writing_are_one_graph() -> None:
     torch.testing.assert_close(torch.cat([output.logits, step.logits], 1), expected, rtol=1e-4, atol=2e-5)
 
 
-def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_are_made_once_for_all_layers_and_rows(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     monkeypatch.setattr(kernels, "SMALLEST", 8)
     monkeypatch.setattr(kernels, "LARGEST", 8)
     prepared, original = [], kernels.Sdpa.prepare
     monkeypatch.setattr(kernels.Sdpa, "prepare", lambda *args: prepared.append(1) or original(*args))
     plan = SpanPlan.uniform(4, KV_HEADS, 0.2, sink=4, block=4)
-    counts = []
+    tokens, counts, inputs = ids(length=103), [], padded_batch(103)[1] if padded else {}
     for layers in (1, 4):
         model, prepared[:] = tiny(num_hidden_layers=layers), []
         own = SpanPlan(plan.alphas[:layers], plan.betas[:layers], sink=4, block=4)
         with apply_spans(model, own):
             for use_cache in (True, False):
-                logits(model, ids(length=103), use_cache=use_cache)
+                logits(model, tokens, use_cache=use_cache, **inputs)
         counts.append(len(prepared))
     assert counts == [2 * 2] * 2  # of whole chunks and of the last one, in either forward
 

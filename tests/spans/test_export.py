@@ -121,3 +121,32 @@ def test_the_command_measures_what_it_has_written(tmp_path: Path, tiny_base: Pat
     again = CliRunner().invoke(app, [str(part) for part in command])
     assert again.exit_code != 0
     assert "name a new folder" in " ".join(again.output.split())
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("default")
+def test_vllm_gives_layers_the_windows_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy tokens of prompts on either side of the window; the dense model writes others."""
+    vllm = pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    shape = {"hidden_size": 192, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 3}
+    model = tiny(num_hidden_layers=4, vocab_size=256, max_position_embeddings=512, initializer_range=0.15, **shape)
+    rules = [[48.0] * 3, [300.0] * 3, [48.0] * 3, [300.0, 48.0, 300.0]]
+    plan = SpanPlan(rules, [[0.0] * 3] * 4, sink=16, block=16)
+    save(model, layer_windows(model, plan, 300), tmp_path, {})
+    windowed = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    windowed.generation_config.eos_token_id = None
+    prompts = [ids(1, n, seed=n) for n in (20, 60, 110, 200, 240)]
+    expected, dense = (
+        [m.generate(p, max_new_tokens=24, do_sample=False)[0, p.shape[1] :].tolist() for p in prompts]
+        for m in (windowed, model)
+    )
+    settings = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 512, "enforce_eager": True}
+    engine = vllm.LLM(str(tmp_path), max_num_seqs=8, **settings)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": p[0].tolist()} for p in prompts], sampling, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    assert expected[0] == dense[0]
+    assert expected[1:] != dense[1:]
