@@ -16,7 +16,7 @@ from commands import Command, check_whole, finish, run
 from typer.testing import CliRunner
 
 from moa.cli import app
-from moa.files import alone, whole
+from moa.files import alone
 
 pytestmark = pytest.mark.torture
 NAMES = ["train", "bench", "profile", "search"]
@@ -87,19 +87,6 @@ def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.Ca
             assert command.result(command.folder) == wanted
     with capsys.disabled():
         print(f"\nmoa {name}: {full} of {turns} disks were too small, and every run went on when there was room")
-
-
-def test_a_draft_that_fails_leaves_nothing(tmp_path: Path):
-    (tmp_path / "kept").write_text("before")
-
-    def half(path: Path) -> None:
-        with whole(path) as draft:
-            draft.write_text("half")
-            raise OSError("no room")
-
-    with pytest.raises(OSError, match="no room"):
-        half(tmp_path / "kept")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("kept", "before")]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from moa.choices import check_names, named, nearest
-from moa.settings import settings
+from moa.settings import Several, settings
 
 if TYPE_CHECKING:
     from moa.adapters.config import MoAConfig
@@ -51,8 +51,8 @@ class Method:
 
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
-    grow: list[str] = field(default_factory=list)
-    budgets: list[float] = field(default_factory=list)
+    grow: Several[str] = field(default_factory=list)
+    budgets: Several[float] = field(default_factory=list)
     note: str = ""
     spans: str = ""
     training: dict[str, Any] = field(default_factory=dict)

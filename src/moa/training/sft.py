@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -204,7 +205,7 @@ def _tell_sizes(trainer: Trainer, examples: Sequence[Tokens], max_length: int) -
 def _save(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     """Write the adapter aside and move it into place, so that a full disk leaves no half adapter."""
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     written = folder / WRITING / "adapter"
     with room_on_disk(folder, "the adapter"):
         trainer.save_model(str(written))
@@ -214,7 +215,7 @@ def _save(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
                 recipe,
                 name=folder.resolve().name,
                 steps=trainer.state.global_step,
-                loss=losses[-1],
+                loss=losses[-1] if losses else math.nan,  # of a run by a version that logged less
                 trainable=trainer.model.get_nb_trainable_parameters()[0],
                 log=next((entry for entry in reversed(trainer.state.log_history) if "router/gate" in entry), None),
             )
