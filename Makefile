@@ -5,12 +5,14 @@
 #   TORCH   what pip installs as torch, ahead of everything else           make demo TORCH=torch
 #           (the default is the version in constraints.txt, whichever build your package index serves)
 #   MARK    a pytest mark expression, to run part of the tests             make test MARK='not slow'
+#   SHARE   how much of the long form of torture to run                    make torture SHARE=0.1
 #   WORKERS test processes of one thread each; auto is one per core        make test WORKERS=4
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 MARK ?=
+SHARE ?= 1
 WORKERS ?= auto
 
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest browser hosts hosts-resolve quantised distributed ray-test serve-test wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest torture browser hosts hosts-resolve quantised distributed ray-test serve-test wheel-test test-oldest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -51,6 +53,9 @@ browser:  ## install headless Chromium, in which the tests look at every page, w
 
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')
+
+torture: $(VENV)/.installed  ## kills, damaged files, full disks and threads, the long form; SHARE=0.1 for a tenth of it
+	MOA_TORTURE=$(SHARE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 --timeout 0 tests/torture
 
 # One environment per tool, as pip resolves it beside MoA.
 HOST_trl := trl==1.16.0

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moa
@@ -285,6 +286,24 @@ def test_damaged_weights(tiny_base, copy, damage):
     (copy / WEIGHTS).write_bytes({"truncated": content[:-10], "garbage": b"x" * 100, "empty": b""}[damage])
     with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or incomplete"):
         load_adapter(load_base(str(tiny_base))[0], copy)
+
+
+def test_weights_that_are_not_finite(tiny_base, copy):
+    tensors = load_file(copy / WEIGHTS)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, copy / WEIGHTS)
+    with pytest.raises(ValueError, match=r"adapter: the tensor \S+ is not finite"):
+        load_adapter(load_base(str(tiny_base))[0], copy)
+
+
+def test_a_base_that_lacks_tensors_is_not_drawn_at_random(tiny_base, tmp_path):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 tensors, e.g. model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_base(str(folder))
 
 
 def test_damaged_configuration(tiny_base, copy):

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from moa.choices import check_range
+from moa.adapters.gating import GATINGS
+from moa.choices import build, check_range
 
 
 @pytest.mark.parametrize("value", [1, 8, 10**400])
@@ -27,6 +28,19 @@ def test_whole_numbers_pass(value):
 def test_anything_else_is_refused_by_name(value, message):
     with pytest.raises(ValueError, match=message):
         check_range("r", value, low=1, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "gating=5 must be a mapping of its settings"),
+        ({"kind": []}, r"gating: kind=\[\] is not one of"),
+        ({"kind": "soft", 3: 1}, "gating 'soft' has no field 3"),
+    ],
+)
+def test_what_describes_no_part_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        build("gating", GATINGS, given)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

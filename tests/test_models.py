@@ -127,6 +127,22 @@ def test_a_missing_gguf_file_is_not_looked_for_on_the_hub():
         find("folder/model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, 0, "does not begin with GGUF"),
+        (8, 2**40, "damaged, incomplete or no GGUF file"),  # tensors
+        (16, 2**63, "damaged, incomplete or no GGUF file"),  # settings
+        (24, 2**31, "2,147,483,648 bytes are to follow"),  # letters of the first setting's name
+    ],
+)
+def test_counts_of_a_gguf_file_are_not_believed(gguf_file: Path, tmp_path: Path, place: int, number: int, message: str):
+    content = gguf_file.read_bytes()
+    (tmp_path / "lies.gguf").write_bytes(content[:place] + number.to_bytes(8, "little") + content[place + 8 :])
+    with pytest.raises(ValueError, match=rf"lies\.gguf.*{message}"):
+        load_base(str(tmp_path / "lies.gguf"))
+
+
 def test_configurations_need_no_weights(gguf_file: Path, monkeypatch, tmp_path):
     monkeypatch.setenv("MOA_CACHE", str(tmp_path))
     assert config_of("smollm2").num_hidden_layers == 30

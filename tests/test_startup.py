@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,20 @@ def test_a_mistake_loads_nothing_heavy():
         assert code == 2, (line, said)
         assert MISTAKES[line] in said
         assert loaded == [], line
+
+
+def test_python_m_moa_answers_without_loading_torch(tmp_path):
+    """And whoever else is started by `python -m` and imports moa gets all of it."""
+    line = [sys.executable, "-X", "importtime", "-m", "moa"]
+    result = subprocess.run([*line, "recipes", "cp", "nosuch"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "there is no recipe 'nosuch'" in result.stderr
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import moa; print(sorted(vars(moa))[0])")
+    (tmp_path / "other" / "__main__.py").touch()
+    result = subprocess.run([sys.executable, "-m", "other", "moa"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.strip() == "AdapterExpert", result.stderr
 
 
 def test_the_package_is_whole_in_the_process_of_the_command():

@@ -4,7 +4,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or "moa_command" not in sys.modules:
+# While `python -m moa` looks for the package, this is what the arguments are.
+_is_command = "moa_command" in sys.modules or (
+    sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["moa"]
+)
+
+if TYPE_CHECKING or not _is_command:
     from moa.library import *  # noqa: F403
     from moa.library import __all__ as __all__
 else:

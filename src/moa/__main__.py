@@ -18,4 +18,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import moa_command  # which sets what must be set before torch is loaded
+
+    moa_command.main()

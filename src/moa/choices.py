@@ -5,8 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Begin the messages of what is refused inside with where it stands."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{place}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -17,7 +29,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 def check_choice(what: str, value: Any, allowed: Collection[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    if value not in list(allowed):  # which asks no hash of a value that has none
         raise ValueError(f"{what}={value!r} is not one of {sorted(allowed)}{nearest(value, allowed)}")
 
 
@@ -52,7 +64,7 @@ def build(what: str, classes: Mapping[str, type], given: Any) -> Any:
     """
     if isinstance(given, tuple(classes.values())):
         return given
-    fields = {"kind": given} if isinstance(given, str) else dict(given)
+    fields = {"kind": given} if isinstance(given, str) else dict(_mapping(what, given))
     kind = fields.pop("kind", None)
     check_choice(f"{what}: kind", kind, classes)
     return from_fields(f"{what} {kind!r}", classes[kind], fields)
@@ -60,8 +72,14 @@ def build(what: str, classes: Mapping[str, type], given: Any) -> Any:
 
 def from_fields(what: str, cls: type, fields: Mapping[str, Any]) -> Any:
     """``cls(**fields)``; an unknown field is a ValueError that offers the nearest valid one."""
-    check_fields(what, cls, fields)
+    check_fields(what, cls, _mapping(what, fields))
     return cls(**fields)
+
+
+def _mapping(what: str, given: Any) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what}={given!r} must be a mapping of its settings")
+    return given
 
 
 def check_fields(what: str, cls: type, names: Iterable[str]) -> None:

@@ -25,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moa.assets import EMBEDDED, base_path
+from moa.files import check_file
+from moa.gguf import check_gguf
 from moa.places import existing
 from moa.recipes import base_config
 
@@ -101,9 +103,12 @@ def find(name: str) -> Source:
         return Source(str(_named(name)))
     place = existing(name, "base model", [*EMBEDDED, *NAMED])
     path = Path(place)
+    if path.suffix == ".gguf" and not path.is_dir():
+        check_file(path, "GGUF file")
+        check_gguf(path)
+    elif path.is_file():
+        raise ValueError(f"base={name!r} is a file, but only .gguf files hold a whole model: name its folder")
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"base={name!r} is a file, but only .gguf files hold a whole model: name its folder")
         return Source(str(path.parent), path.name)
     return Source(place)
 
@@ -166,7 +171,10 @@ def _load(source: Source, **options: Any) -> tuple[PreTrainedModel, Tokenizer]:
         options |= _unpacked()
     else:
         options |= {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(source.place, **source.options, **options)
+    found = AutoModelForCausalLM.from_pretrained(source.place, **source.options, **options, output_loading_info=True)
+    model, info = found
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
+        raise ValueError(f"its files lack {len(missing)} tensors, e.g. {missing[0]}")
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
         # Nothing about it is quantised any more, but as long as it says so it can be neither saved nor trained.
         model.hf_quantizer.remove_quantization_config(model)

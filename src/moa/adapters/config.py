@@ -74,6 +74,8 @@ class MoAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MOA
         kinds = {kind: expert.config for kind, expert in EXPERTS.items()}
+        if not isinstance(self.experts, list | tuple):
+            raise ValueError(f"experts={self.experts!r} must be a list")
         self.experts = [build("experts", kinds, expert) for expert in self.experts]
         if not self.experts:
             raise ValueError("experts=[] leaves nothing to train; give at least one, e.g. LoraExpert()")

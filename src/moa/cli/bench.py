@@ -42,6 +42,7 @@ def bench(
 
     resolved = Study.load(study, flags(context.args))
     from moa.choices import check_choice
+    from moa.files import alone
     from moa.settings import save
     from moa.studies.conduct import conduct
     from moa.studies.engine import ENGINES, Engine
@@ -56,16 +57,17 @@ def bench(
     if dry_run:
         _show_plan(console, planned, workers or 1)
         return
-    save(resolved, planned.folder / "study.yaml")
     failures = []
-    try:
-        with _bar(console) as bar:
-            line = bar.add_task("", total=None, left="")
-            failures = conduct(
-                planned, engine=where, any_version=any_version, progress=lambda state: _advance(bar, line, state)
-            )
-    finally:
-        _show_results(console, planned)
+    with alone(planned.folder):
+        save(resolved, planned.folder / "study.yaml")
+        try:
+            with _bar(console) as bar:
+                line = bar.add_task("", total=None, left="")
+                failures = conduct(
+                    planned, engine=where, any_version=any_version, progress=lambda state: _advance(bar, line, state)
+                )
+        finally:
+            _show_results(console, planned)
     if failures:
         shown = "\n  ".join(f"{failure.message} ({failure.log})" for failure in failures[:5])
         raise TrainingStopped(f"{len(failures)} cells failed; give the command again to retry them:\n  {shown}")

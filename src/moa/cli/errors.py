@@ -51,8 +51,8 @@ class Commands(TyperGroup):
             raise typer.Exit(report(error)) from None
 
 
-def code_of(error: Exception) -> int:
-    """The exit code that ``error`` ends the command with."""
+def code_of(error: Exception) -> int | None:
+    """The exit code that ``error`` ends the command with; None for a bug."""
     from moa.extras import MissingExtra
     from moa.training.stops import TrainingStopped
 
@@ -60,16 +60,16 @@ def code_of(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, OSError | MissingExtra) or (isinstance(error, ValueError) and _on_purpose(error)):
         return USER_MISTAKE
-    return BUG
+    return None
 
 
 def report(error: Exception) -> int:
     """Print ``error`` for the user; returns the exit code."""
     code = code_of(error)
-    if code == BUG:
+    if code is None:
         Console(stderr=True).print_exception()
         say("this looks like a bug in moa: please report it with the trace above and the output of `moa env`")
-        return code
+        return BUG
     if _traces:
         Console(stderr=True).print_exception()
     say(shortened(str(error)) or type(error).__name__)

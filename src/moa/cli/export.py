@@ -41,7 +41,7 @@ def export(
     base: BaseOption = None,
     template: TemplateOption = None,
     dtype: DtypeOption = Dtype.auto,
-    seed: Annotated[int, typer.Option(help="Of the draw of rows and the fit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of rows and the fit.")] = 0,
 ) -> None:
     """Write an adapter as plain LoRA, which PEFT, vLLM and llama.cpp load and which merges.
 

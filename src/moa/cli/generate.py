@@ -27,7 +27,7 @@ def generate(
     template: TemplateOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. Above 0: sample.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Write answers as they come, token by token.

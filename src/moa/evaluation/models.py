@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import PeftConfig
 
 from moa.assets import EMBEDDED
-from moa.choices import check_choice
+from moa.choices import check_choice, named
 from moa.data.templates import CHAT, TEMPLATE_NAMES
 from moa.data.tokens import check_template
 from moa.places import on_hub
@@ -62,14 +63,17 @@ def load(
     """
     if template is not None:
         check_choice("template", template, TEMPLATE_NAMES)
+    said_by = nullcontext() if base or adapter is None else named(f"the base model of {adapter}")
     base = base or (_trained_on(adapter) if adapter else "embedded")
     plan = plan_for_use(adapter, spans)
-    model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
+    with said_by:
+        model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
     template = template or (_trained_with(adapter) if adapter else None) or _usual(base, tokenizer, adapter)
     check_template(tokenizer, template, base)
     loaded: Any = load_adapter(model, adapter) if adapter else model
     if plan is not None:
-        apply_spans(loaded, plan)
+        with named(f"the span plan of {spans or adapter}"):
+            apply_spans(loaded, plan)
     return Loaded(loaded.eval(), tokenizer, base, template)
 
 

@@ -101,4 +101,4 @@ def read_lines(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return json.dumps(entry, separators=(",", ":")) + "\n"

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from moa.choices import named
 from moa.files import read_json, write_text
 from moa.spans.model import ModelShape
 from moa.spans.rule import CONVENTIONS, Rule, causal_pairs, search_blocks, span
@@ -111,10 +112,8 @@ class SpanPlan:
         allowed = [f.name for f in dataclasses.fields(cls)]
         if unknown := [key for key in content if key not in allowed]:
             raise ValueError(f"{file}: unknown keys {unknown[:5]}; a plan has {allowed}")
-        try:
+        with named(str(file)):
             return cls(**content)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write our format to ``path``, or to ``span_plan.json`` in it if it is a directory; return the file."""

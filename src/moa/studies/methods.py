@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
-from moa.choices import check_names, nearest
+from moa.choices import check_names, named, nearest
+from moa.settings import Several, settings
 
 if TYPE_CHECKING:
     from moa.adapters.config import MoAConfig
@@ -16,6 +17,7 @@ NONE = "none"
 """The preset of what is not trained: the base alone, or under spans."""
 
 DENSE = "dense"
+LONGEST = 100  # letters of a name, which is part of file names
 CALIBRATED = ("searched", "layers", "two-class")
 BUILT = (*CALIBRATED, "uniform")
 """Plans that are made for a share of the KV cache; see `moa.studies.spans`."""
@@ -32,7 +34,7 @@ def amount(budget: float) -> str:
     return f"{budget:,} parameters" if budget > 1 else f"{100 * budget:g} % of the KV cache"
 
 
-@dataclass
+@settings
 class Method:
     """An entry of a study.
 
@@ -49,8 +51,8 @@ class Method:
 
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
-    grow: list[str] = field(default_factory=list)
-    budgets: list[float] = field(default_factory=list)
+    grow: Several[str] = field(default_factory=list)
+    budgets: Several[float] = field(default_factory=list)
     note: str = ""
     spans: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -61,12 +63,13 @@ class Method:
         if not isinstance(tree, Mapping | None):
             raise ValueError(f"methods.{name}={tree!r} must be a section with keys of its own, or empty")
         fields = dict(tree or {})
-        if "changes" in fields:  # as `dataclasses.asdict` wrote it
+        if "changes" not in fields:  # which is how `dataclasses.asdict` writes it
+            keys = ("preset", "grow", "budgets", "note", "spans", "training")
+            own = {key: fields.pop(key) for key in keys if key in fields}
+            usual = NONE if own.get("spans") else name
+            fields = {"preset": usual} | own | {"changes": fields}
+        with named(f"methods.{name}"):
             return cls(**fields)
-        keys = ("preset", "grow", "budgets", "note", "spans", "training")
-        own = {key: fields.pop(key) for key in keys if key in fields}
-        usual = NONE if own.get("spans") else name
-        return cls(**({"preset": usual} | own), changes=fields)
 
     @property
     def trains(self) -> bool:
@@ -80,8 +83,8 @@ class Method:
 
     def check(self, name: str, budgets: list[float]) -> None:
         """Raise ValueError, naming the method, unless it can be configured."""
-        if not name.strip() or set(name) & set("/\\ "):
-            raise ValueError(f"methods: the name {name!r} must have no spaces or slashes")
+        if not name.isprintable() or not 0 < len(name) <= LONGEST or set(name) & set("/\\ "):
+            raise ValueError(f"methods: the name {name!r} must be up to {LONGEST} letters without spaces or slashes")
         for budget in self.budgets:
             if budget not in budgets:
                 raise ValueError(f"methods.{name}: budgets names {budget}, but the study has {budgets}")

@@ -28,6 +28,9 @@ class LogFile(TrainerCallback):
     def __init__(self, folder: Path):
         self.path = folder / LOG_NAME
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the last losses, too
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)

@@ -7,6 +7,7 @@ nothing that looks like one. `last_complete` still looks inside, since copies an
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -85,6 +86,7 @@ def room_on_disk(folder: Path, what: str) -> Iterator[None]:
 
 def _is_full(error: Exception, folder: Path) -> bool:
     """Whether a failed write was for want of space; torch reports that as a RuntimeError about file positions."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+    wants = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
+    if getattr(error, "errno", None) in wants or any(os.strerror(number) in str(error) for number in wants):
         return True
     return "PytorchStreamWriter" in str(error) or shutil.disk_usage(folder).free < 2**20

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from moa.files import LOCK
 from moa.spans import SpanPlan
 from moa.training.callbacks import LOG_NAME
 from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
@@ -41,7 +42,7 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | Non
         if not ours:
             raise ValueError(f"nothing to resume: {folder} holds no run (there is no {FILE_NAME} in it)")
         return _to_resume_from(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
         if not ours:
             raise ValueError(
                 f"output folder {folder} is not empty and was not made by moa; choose another with --output"

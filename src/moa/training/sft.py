@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from moa.adapters.config import MoAConfig
 from moa.data import example_tokens, form_of, load_rows
 from moa.data.tokens import Tokens, check_template
 from moa.extras import extra
+from moa.files import alone
 from moa.settings import save
+from moa.spans import SpanPlan
 from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
@@ -79,24 +83,31 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
     trainer.add_callback(Progress(folder, lambda: router.seen if router else []))
     if trainer.is_world_process_zero():
         _tell_sizes(trainer, examples, recipe.data.max_length)
-    if trainer.is_world_process_zero():
-        clear_output(folder, checkpoint)
-        save(recipe, folder / FILE_NAME)
-        if plan is not None:
-            plan.save(folder / PLAN_NAME)
-        if resume:
-            print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
-    trainer.accelerator.wait_for_everyone()
-    with interrupt, under(model, plan):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved in {folder}; "
-            f"run the same command with --resume to continue"
-        )
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    _save(trainer, recipe, folder, losses[-1] if losses else result.training_loss)
+    with alone(folder) if trainer.is_world_process_zero() else nullcontext():
+        if trainer.is_world_process_zero():
+            if check_output(recipe, resume=resume, overwrite=overwrite) != checkpoint:
+                raise ValueError(f"another process has written into {folder} meanwhile: give the command again")
+            _begin(recipe, plan, folder, checkpoint)
+            if resume:
+                print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
+        trainer.accelerator.wait_for_everyone()
+        with interrupt, under(model, plan):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved in "
+                f"{folder}; run the same command with --resume to continue"
+            )
+        _save(trainer, recipe, folder)
     return folder
+
+
+def _begin(recipe: Recipe, plan: SpanPlan | None, folder: Path, checkpoint: Path | None) -> None:
+    """Make the folder this run's."""
+    clear_output(folder, checkpoint)
+    save(recipe, folder / FILE_NAME)
+    if plan is not None:
+        plan.save(folder / PLAN_NAME)
 
 
 def _rows(recipe: Recipe, source: str) -> list[dict[str, Any]]:
@@ -192,8 +203,10 @@ def _tell_sizes(trainer: Trainer, examples: Sequence[Tokens], max_length: int) -
     print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable: {trainable / everything:.2%}")
 
 
-def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
+def _save(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     """Write the adapter aside and move it into place, so that a full disk leaves no half adapter."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     written = folder / WRITING / "adapter"
     with room_on_disk(folder, "the adapter"):
         trainer.save_model(str(written))
@@ -203,7 +216,7 @@ def _save(trainer: Trainer, recipe: Recipe, folder: Path, loss: float) -> None:
                 recipe,
                 name=folder.resolve().name,
                 steps=trainer.state.global_step,
-                loss=loss,
+                loss=losses[-1] if losses else math.nan,  # of a run by a version that logged less
                 trainable=trainer.model.get_nb_trainable_parameters()[0],
                 log=next((entry for entry in reversed(trainer.state.log_history) if "router/gate" in entry), None),
             )

@@ -24,6 +24,7 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
     """
     settings = begin(recipe, context.args)
     model, tokenizer = load_model(settings)
+    from moa.files import alone
     from moa.spans.evidence.calibration import calibrate as answer
     from moa.spans.evidence.calibration import check_signals
 
@@ -32,7 +33,7 @@ def calibrate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fal
     held_out = {settings.validate_length: True}
     wanted["validation"] = (held_out, settings.validate_items, settings.held_out_file)
     for name, (which, items, path) in wanted.items():
-        with replaced([path], overwrite), bar(f"answering for {name}") as progress:
+        with alone(path.parent), replaced([path], overwrite), bar(f"answering for {name}") as progress:
             signals = answer(
                 model,
                 tokenizer,

@@ -14,6 +14,7 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
     goes on after its last finished item.
     """
     settings = begin(recipe, context.args)
+    from moa.files import alone
     from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import influence
     from moa.spans.journal import settings_of
@@ -28,7 +29,7 @@ def profile(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False
         "layers": [layer for layer, window in enumerate(windows) if window is None],
     }
     files = [settings.influence_file(length) for length in items]
-    with replaced(files, overwrite), bar("measuring influence") as progress:
+    with alone(settings.profiled), replaced(files, overwrite), bar("measuring influence") as progress:
         total = sum(map(len, items.values()))
         before = 0
         for length, own in items.items():

@@ -25,6 +25,7 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
     program.
     """
     settings = begin(recipe, context.args)
+    from moa.files import alone
     from moa.spans.search.plans import rivals
     from moa.spans.search.plans import search as find
 
@@ -38,13 +39,13 @@ def search(context: typer.Context, recipe: Recipe, overwrite: Overwrite = False)
         "evidence": _evidence(settings, measured),
     }
     for density in settings.density:
-        folder = settings.plans(density)
-        with replaced([folder.search_file], overwrite), bar(f"solving for {density:g}") as progress:
-            limits = settings.limits(density)
-            front = find(influences, limits, **said, save_to=folder.search_file, progress=progress)
-        front += rivals(influences, limits, **said)
-        _write(folder, front)
-        settings.save(folder.path)
+        folder, limits = settings.plans(density), settings.limits(density)
+        with alone(folder.path):
+            with replaced([folder.search_file], overwrite), bar(f"solving for {density:g}") as progress:
+                front = find(influences, limits, **said, save_to=folder.search_file, progress=progress)
+            front += rivals(influences, limits, **said)
+            _write(folder, front)
+            settings.save(folder.path)
         _tell(front, list(measured), folder)
     next_step("validate", recipe, context.args)
 

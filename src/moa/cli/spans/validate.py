@@ -24,6 +24,7 @@ def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fals
     A run that was stopped goes on after its last measured loss.
     """
     settings = begin(recipe, context.args)
+    from moa.files import alone
     from moa.report.spans import write_report
     from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.validation import validate as compare
@@ -34,12 +35,13 @@ def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fals
     model, _ = load_model(settings)
     for density, plans in fronts.items():
         folder = settings.plans(density)
-        with replaced([folder.validation_file], overwrite), bar(f"validating {density:g}") as progress:
-            found = compare(model, plans, items, length, save_to=folder.validation_file, progress=progress)
-        found.plan.save(folder.plan_file)
+        with alone(folder.path):
+            with replaced([folder.validation_file], overwrite), bar(f"validating {density:g}") as progress:
+                found = compare(model, plans, items, length, save_to=folder.validation_file, progress=progress)
+            found.plan.save(folder.plan_file)
+            write_report(folder.report_file, found.plan, plans, length)
+            settings.save(folder.path)
         _tell(found, plans, length)
-        write_report(folder.report_file, found.plan, plans, length)
-        settings.save(folder.path)
         tell(f"plan: {folder.plan_file}")
         tell(f"report: {folder.report_file}")
     next_step("run", recipe, [*_of_one_density(settings, context.args), "--prompt", "..."])

@@ -77,7 +77,10 @@ class Influence:
         numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss", "about")}
         metadata = {"influence": json.dumps(numbers | {"key": key})}
         with whole(path) as draft:
-            save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
+            try:
+                save_file({"signed": self.signed, "absolute": self.absolute}, draft, metadata)
+            except SafetensorError as error:
+                raise OSError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Influence:
