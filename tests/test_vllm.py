@@ -335,6 +335,7 @@ def test_trained_mixtures(cases, name, settings):
 @pytest.mark.case("base")
 @pytest.mark.case("soft")
 @pytest.mark.case("sparse")
+@pytest.mark.case("llama")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_two_mixtures_and_the_base_in_one_batch(cases, eager):
     """Chosen per request; a common prefix is cached for each of them apart."""
