@@ -467,6 +467,16 @@ def test_settings_that_do_not_go_with_mixtures(changes, mixtures, message):
         refuse_engine(SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **others), mixtures)
 
 
+def test_what_slots_have_room_for():
+    from moa.serving.vllm import slots_for
+
+    soft, sparse = moa.preset("soft-moa"), moa.preset("sparse-moa")
+    assert [config.to_dict() for config in slots_for([soft, soft], 3)] == [soft.to_dict()] * 3
+    assert slots_for([soft, sparse], 2) == [soft, sparse]
+    with pytest.raises(ValueError, match="--max-loras 3: mixtures that differ in experts, router or gating"):
+        slots_for([soft, sparse], 3)
+
+
 @pytest.mark.case("soft")
 def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path):
     case = cases["soft"]
