@@ -20,8 +20,8 @@ def serve(
 
     Options go to vLLM as they are. Chats are written in the form that the adapter was trained with. Clients ask for the
     model by the adapter's name, which is its folder's unless you say another; of several adapters every request
-    chooses one, or the base model by its own name. With `--max-loras N` there are N slots, and others of the same experts,
-    router and gating come and go while it runs, by vLLM's API; `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` allows that.
+    chooses one, or the base model by its own name. With `--max-loras N` there are N slots, and others of the same
+    experts, router and gating come and go while it runs, by vLLM's API; `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` allows it.
 
     Examples:
         `moa serve runs/my-adapter`
