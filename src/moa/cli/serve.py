@@ -20,12 +20,15 @@ def serve(
 
     Options go to vLLM as they are. Chats are written in the form that the adapter was trained with. Clients ask for the
     model by the adapter's name, which is its folder's unless you say another; of several adapters every request
-    chooses one, or the base model by its own name.
+    chooses one, or the base model by its own name. With `--max-loras N` there are N slots, and others of the same
+    experts, router and gating come and go while it runs, by vLLM's API; `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` allows it.
 
     Examples:
         `moa serve runs/my-adapter`
 
         `moa serve bookings=runs/my-adapter sums=runs/other --port 8001`
+
+        `moa serve policy=runs/my-adapter --max-loras 1`
 
         `moa serve bookings=runs/my-adapter --port 8001 --dtype bfloat16 --max-model-len 2048`
     """
