@@ -50,7 +50,7 @@ browser:  ## install headless Chromium, in which the tests look at every page, w
 		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(if $(MARK),-m '$(MARK)')
 
 # One environment per tool, as pip resolves it beside MoA.
 HOST_trl := trl==1.16.0
