@@ -52,7 +52,7 @@ browser:  ## install headless Chromium, in which the tests look at every page, w
 		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(if $(MARK),-m '$(MARK)')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(if $(MARK),-m '$(MARK)')
 
 torture: $(VENV)/.installed  ## kills, damaged files, full disks and threads, the long form; SHARE=0.1 for a tenth of it
 	MOA_TORTURE=$(SHARE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 --timeout 0 tests/torture

@@ -175,6 +175,10 @@ def test_wrappers_know_their_adapters():
     assert [_hosts.adapters_of_wrapper(wrapper) for wrapper in wrappers] == [{"default"}]
 
 
+def test_peft_loads_and_saves_shards():
+    assert _hosts.loads_shards()  # what it does then is tested in tests/test_distributed.py
+
+
 def test_the_method_is_in_pefts_enum_once():
     assert _hosts.append_method("MOA") is PeftType.MOA is PeftType("MOA")
     assert list(PeftType.__members__).count("MOA") == 1

@@ -131,6 +131,13 @@ def features_of(module: nn.Module) -> tuple[int | None, int | None]:
     return _get_in_out_features(module)
 
 
+def loads_shards() -> bool:
+    """Whether PEFT gathers an adapter's DTensors when it saves and splits the file's tensors alike when it loads."""
+    from peft.utils import save_and_load
+
+    return hasattr(save_and_load, "_reshard_dtensor_values_for_load")
+
+
 def adapters_of_wrapper(wrapper: nn.Module) -> set[str]:
     """The adapters that a wrapper of ``modules_to_save`` or of trainable tokens holds something of."""
     return set(wrapper._adapters)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from moa import _hosts
 from moa.adapters.low_rank import Part
+from moa.adapters.sharding import Parallel, Split
 from moa.choices import check_choice
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -98,6 +99,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd):
         return None
+    if isinstance(module, nn.Linear):  # of the whole, where PEFT would tell the size of a process's share
+        return module.in_features, module.out_features
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() > 2:  # the stacked weights of many experts
         return None
@@ -116,8 +119,10 @@ class Host:
         source: the module whose input the expert reads; ``module`` itself but for an inline MLP.
         in_features: width of that input.
         out_features: width of what the expert adds.
-        part: which rows of a fused output, or None for all of it.
+        part: which rows of a fused output, or None for all of it; of a share of the output, if it is split.
         config: the configuration of the language model, in a model of unlike blocks that of this block.
+        split: how tensor parallelism splits what goes through it; None: nothing in this model is split. Both widths
+            are those of the whole.
     """
 
     module: nn.Module
@@ -126,6 +131,7 @@ class Host:
     out_features: int
     part: Part | None
     config: PretrainedConfig
+    split: Split | None = None
 
 
 @dataclass(eq=False)
@@ -139,6 +145,7 @@ class BlockView:
         config: as in `Host`.
         absent: role -> why this block certainly has no host for it. A role that has neither a host nor an entry here
             is one that the finder is not sure about.
+        parallel: how the model is split among processes; None: it is not.
     """
 
     module: nn.Module
@@ -146,6 +153,7 @@ class BlockView:
     architecture: Architecture
     config: PretrainedConfig
     absent: dict[str, str] = field(default_factory=dict)
+    parallel: Parallel | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -170,7 +178,7 @@ class BlockView:
             source, module = module[0], module[-1]
         if role not in PROJECTIONS:
             width = self.attention_width if role == "attention" else self.hidden_size
-            return Host(module, source, width, self.hidden_size, None, self.config)
+            return Host(module, source, width, self.hidden_size, None, self.config, self._split(source, module))
         size = linear_size(module)
         if size is None:  # stacked experts and other things that are not a linear layer
             return None
@@ -178,7 +186,54 @@ class BlockView:
         part = self._part(role, path, out_features)
         if part is not None:
             out_features = out_features // part.slots * (part.stop - part.start)
-        return Host(module, module, in_features, out_features, part, self.config)
+        split = self._split(module, module)
+        if split is not None and split.writes_share and part is not None:
+            part = part.share(split.processes)
+        return Host(module, module, in_features, out_features, part, self.config, split)
+
+    @property
+    def split(self) -> Split | None:
+        """Of what the block itself reads and puts out, which is whole in every process."""
+        return None if self.parallel is None else Split(self.parallel.mesh)
+
+    def _split(self, source: nn.Module, module: nn.Module) -> Split | None:
+        if self.parallel is None:
+            return None
+        query = find_module(self.module, self.architecture.q)
+        return Split(
+            self.parallel.mesh,
+            reads_share=self.parallel.style(source).reads_share,
+            writes_share=self.parallel.style(module).writes_share,
+            heads_share=module is self.attention and query is not None and self.parallel.style(query).writes_share,
+        )
+
+    def split_obstacle(self, role: str, heads: bool) -> str | None:
+        """Why experts cannot follow how tensor parallelism splits ``role``; None: they can, or nothing is split.
+
+        Args:
+            role: as in `host`.
+            heads: whether the expert acts on heads inside of attention.
+        """
+        host = self.host(role)
+        if host is None or host.split is None or self.parallel is None:
+            return None
+        for module in (host.source, host.module):
+            if (why := self.parallel.obstacle(module)) is not None:
+                return why
+        if heads:
+            hosts = [found for name in ("q", "k", "v") if (found := self.host(name)) is not None]
+            if len({self.parallel.style(found.module) for found in hosts}) > 1:
+                return "its queries, keys and values are split in different ways"
+        size = linear_size(host.module)
+        if host.part is None or size is None or not host.split.writes_share:
+            return None
+        groups = self._part(role, getattr(self.architecture, role), size[1]).groups  # type: ignore[union-attr]
+        if groups % host.split.processes == 0:
+            return None
+        return (
+            f"each of {host.split.processes} processes has an equal share of its rows, in which several projections "
+            f"are laid out as {groups} group{'s' * (groups > 1)}"
+        )
 
     @property
     def attention_width(self) -> int:

@@ -43,7 +43,7 @@ class Mixture(RouterLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs", "auxiliary")
 
     def __init__(self, view: BlockView, blocks: int):
-        super().__init__(view.module, view.hidden_size, BlockContext())
+        super().__init__(view.module, view.hidden_size, BlockContext(), view.split)
         self.index = view.index
         self._attention_width = view.attention_width
         self.blocks = blocks
@@ -88,7 +88,7 @@ class Mixture(RouterLayer):
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
         if self._four_bit and self.host.training and torch.is_grad_enabled():
             check_not_packed(self._four_bit, self.index)
-        now = self.context.open(hidden, self.host.training)
+        now = self.context.open(hidden, exact=self.host.training or self.split is not None)
         past = None
         if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)

@@ -38,7 +38,8 @@ class Forward:
     Attributes:
         few: inference on so few tokens that the number of calls costs more than arithmetic. Not in training mode, where
             reentrant checkpointing runs the forward without gradients first: both runs have to round alike. Not under
-            autocast, which would take the products out of float32.
+            autocast, which would take the products out of float32, nor under tensor parallelism, whose sums over
+            processes are in the way for many tokens only.
         gates: adapter -> one `Gate` per output of its router, (n, 1) if there are few tokens; an adapter without a
             router is missing.
         tokens: (batch, tokens), True for text, or None if nothing is padded.
@@ -135,9 +136,9 @@ class BlockContext(threading.local):
     forward: Forward | None = None
     names: Names | None = None
 
-    def open(self, hidden: Tensor, training: bool) -> Forward:
-        """Start a forward on ``hidden`` (batch, tokens, features)."""
-        inference = not training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    def open(self, hidden: Tensor, exact: bool) -> Forward:
+        """Start a forward on ``hidden`` (batch, tokens, features); ``exact``: as for many tokens, always."""
+        inference = not exact and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         inference = inference and not torch.is_autocast_enabled(hidden.device.type)
         self.forward = now = Forward(inference and hidden.numel() <= FEW_TOKENS * hidden.shape[-1])
         if self.names is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from moa.adapters.architectures import EXCEPTIONS, ROLES, Architecture, BlockView, find_module, text_config
+from moa.adapters.sharding import Parallel, read_split
 from moa.adapters.structure import Finding, attends, crosses, describe, find_parts
 from moa.choices import from_fields
 
@@ -28,16 +29,18 @@ def view_blocks(model: nn.Module, override: Mapping[str, Any] | None) -> dict[st
         override: what the user says in ``MoAConfig(architecture=...)``.
 
     Raises:
-        ValueError: it is no decoder of attention blocks, or its blocks cannot be told from other modules.
+        ValueError: it is no decoder of attention blocks, its blocks cannot be told from other modules, or it is split
+            among processes in a way that experts cannot follow.
     """
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(ENCODER_DECODER.format(name=_named(model)))
     known = {**EXCEPTIONS.get(config.model_type, {}), **(override or {})}
     names = find_blocks(model, from_fields("architecture", Architecture, known))
+    parallel = read_split(model)
     views = {}
     for index, name in enumerate(names):
-        views[name] = _view(model.get_submodule(name), index, known, _config_of_block(config, index))
+        views[name] = _view(model.get_submodule(name), index, known, _config_of_block(config, index), parallel)
     _check_paths(override or {}, list(views.values()))
     if any(view.attention is not None and crosses(view.module) for view in views.values()):
         raise ValueError(ENCODER_DECODER.format(name=_named(model)))
@@ -116,7 +119,9 @@ def _config_of_block(config: PretrainedConfig, index: int) -> PretrainedConfig:
     return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
-def _view(block: nn.Module, index: int, known: Mapping[str, Any], config: PretrainedConfig) -> BlockView:
+def _view(
+    block: nn.Module, index: int, known: Mapping[str, Any], config: PretrainedConfig, parallel: Parallel | None
+) -> BlockView:
     finding = find_parts(block, config.hidden_size)
     if "qkv_layout" not in known and finding.layout is not None:
         known = {**known, "qkv_layout": finding.layout}
@@ -128,7 +133,7 @@ def _view(block: nn.Module, index: int, known: Mapping[str, Any], config: Pretra
     absent = {
         role: why for role in ROLES if (why := _why_absent(role, block, architecture, known, finding)) is not None
     }
-    return BlockView(block, index, architecture, config, absent)
+    return BlockView(block, index, architecture, config, absent, parallel)
 
 
 def _why_absent(

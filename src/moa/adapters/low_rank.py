@@ -41,6 +41,10 @@ class Part(NamedTuple):
             return y.narrow(-1, self.start * width, (self.stop - self.start) * width)
         return y.unflatten(-1, (self.groups, self.slots, -1))[..., self.start : self.stop, :]
 
+    def share(self, processes: int) -> Part:
+        """The same columns in one process's equal share of the output, which is made of whole groups."""
+        return self._replace(groups=self.groups // processes)
+
 
 def narrow(x: Tensor, a: Tensor) -> Tensor:
     """``x a^T`` (n, rank) for ``x`` (n, in) and ``a`` (rank, in).

@@ -24,7 +24,6 @@ from moa.adapters.fitting import fit
 from moa.adapters.members import mixtures_of
 from moa.adapters.mixed_batch import read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
-from moa.adapters.sharding import refuse_sharded
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 from moa.adapters.unsloth import refuse_unsloth
 
@@ -44,7 +43,6 @@ class MoAModel(BaseTuner):
         and saved of it is what this model can host.
         """
         refuse_unsloth(model)
-        refuse_sharded(model)
         kwargs["state_dict"] = None
         self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)

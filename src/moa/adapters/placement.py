@@ -104,7 +104,8 @@ def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfi
     """Why this block certainly has no place for ``role``; None: it has one.
 
     Raises:
-        ValueError: nothing was found and nothing says that there is none; the message lists what there is.
+        ValueError: nothing was found and nothing says that there is none; the message lists what there is. Or there is
+            a place, which tensor parallelism splits in a way that the expert cannot follow.
     """
     if role in ("k", "v") and block.architecture.qkv_layout == "latent" and config.router is not None:
         return (
@@ -120,9 +121,28 @@ def obstacle(block: BlockView, role: str, expert: ExpertConfig, config: MoAConfi
             f"{expert.kind} expert needs. The block's linear layers are {describe(block.module)}. Name it with "
             f"MoAConfig(architecture={{{role!r}: 'path.in.the.block'}}), or say {role!r}: None if there is none"
         )
-    if role != "attention":
-        return None
-    return _interface_obstacle(block, host) if expert.needs_attention_interface else _output_obstacle(block, host)
+    why = None
+    if role == "attention":
+        inside = expert.needs_attention_interface
+        why = _interface_obstacle(block, host) if inside else _output_obstacle(block, host)
+    if why is None:
+        _check_split(block, role, expert)
+    return why
+
+
+def _check_split(block: BlockView, role: str, expert: ExpertConfig) -> None:
+    """Raise ValueError if the expert cannot follow how tensor parallelism splits its host.
+
+    Optional experts are not left out for that: what is trained must not depend on the number of processes.
+    """
+    if block.parallel is None:
+        return
+    why = expert.obstacle_to_splitting() or block.split_obstacle(role, heads=expert.needs_attention_interface)
+    if why is not None:
+        raise ValueError(
+            f"the {expert.kind} expert cannot follow {role!r} in block {block.index} of {block.config.model_type}, "
+            f"which tensor parallelism splits: {why}. Leave it out, or load the base without tp_plan"
+        )
 
 
 def _output_obstacle(block: BlockView, host: Host) -> str | None:

@@ -6,7 +6,7 @@ homogeneous copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from moa.adapters.auxiliary import add_auxiliary_loss
 from moa.adapters.context import BlockContext
 from moa.adapters.gating import Gates, Gating
 from moa.adapters.low_rank import read
+from moa.adapters.sharding import Split
 from moa.adapters.tuner import Attached
 from moa.choices import check_choice, check_range
 
@@ -72,8 +73,8 @@ class RouterLayer(Attached):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_w1", "moa_w2", "moa_w3", "moa_threshold")
     other_param_names: ClassVar[tuple[str, ...]] = ("gating",)
 
-    def __init__(self, host: nn.Module, in_features: int, context: BlockContext):
-        super().__init__(host)
+    def __init__(self, host: nn.Module, in_features: int, context: BlockContext, split: Split | None = None):
+        super().__init__(host, split)
         self.in_features = in_features
         self.context = context
         self.moa_w1 = nn.ModuleDict()
@@ -115,6 +116,13 @@ class RouterLayer(Attached):
     def number_of_outputs(self, adapter: str) -> int:
         """How many experts the adapter's router decides about."""
         return len(self.moa_w2[adapter].weight)
+
+    def split_along(self, adapter: str) -> Mapping[str, Mapping[str, int]]:
+        """What reads a share of the features, by columns."""
+        if self.split is None or not self.split.reads_share:
+            return {}
+        names = ["moa_w1", "moa_w3"] if adapter in self.moa_w1 else ["moa_w2"]
+        return {name: {"weight": 1} for name in (*names, "moa_threshold")}
 
     def _freeze_what_never_trains(self) -> None:
         for adapter, threshold in self.moa_threshold.items():
@@ -164,6 +172,8 @@ class RouterLayer(Attached):
             rows = now.rows(features)
             return [_linear(layer, rows) for layer in layers]
         low = self._read(features, adapter, [layer.weight for layer in layers])
+        if self.split is not None and self.split.reads_share:
+            low = [self.split.summed(x) for x in low]
         dtype = layers[0].weight.dtype
         return [x.to(dtype) if b.bias is None else x.to(dtype) + b.bias for x, b in zip(low, layers, strict=True)]
 
@@ -172,7 +182,9 @@ class RouterLayer(Attached):
 
     def _second(self, hidden: Tensor, adapter: str) -> Tensor:
         layer: nn.Linear = self.moa_w2[adapter]  # type: ignore[assignment]
-        return layer(hidden) if _hosts.is_watched(layer) else _linear(layer, hidden)
+        if self.split is not None or _hosts.is_watched(layer):
+            return layer(hidden)  # type: ignore[no-any-return]
+        return _linear(layer, hidden)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

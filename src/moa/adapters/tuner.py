@@ -8,12 +8,14 @@ parameters one level below must, and modules keyed by adapter name must hold the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from moa.adapters.sharding import Split
 
 
 class TunerLayer(BaseTunerLayer):
@@ -25,6 +27,7 @@ class Attached(nn.Module, TunerLayer):
 
     Args:
         host: the base module this is, or will be, a child of. Kept out of the module tree.
+        split: how tensor parallelism splits what goes through the host; None: nothing is split.
     """
 
     # BaseTunerLayer's properties of these names ask the base layer, which for a layer without one is the layer itself.
@@ -34,8 +37,9 @@ class Attached(nn.Module, TunerLayer):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, host: nn.Module):
+    def __init__(self, host: nn.Module, split: Split | None = None):
         super().__init__()
+        self.split = split
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._host = (host,)  # a tuple, so that nn.Module does not register it as a child
@@ -57,10 +61,23 @@ class Attached(nn.Module, TunerLayer):
         return [adapter for adapter in active if adapter in container]
 
     def finish_adapter(self, adapter: str, inference_mode: bool) -> None:
-        """After an adapter's weights were created: device, dtype and mode of the host, trainable only if active."""
+        """After an adapter's weights were created: device, dtype and mode of the host, split as the host is, trainable
+        only if active.
+        """
         self.train(self.host.training)
         self._move_adapter_to_device_of_base_layer(adapter)
+        if self.split is not None:
+            along = self.split_along(adapter)
+            for name in self.adapter_layer_names:
+                if adapter in (modules := getattr(self, name)):
+                    self.split.distribute(modules[adapter], along.get(name, {}))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def split_along(self, adapter: str) -> Mapping[str, Mapping[str, int]]:
+        """Under tensor parallelism, of each of `adapter_layer_names` the parameters that are split, and the dimension
+        they are split along. What is missing is whole in every process.
+        """
+        return {}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         host_device, dtype = self._device_and_dtype_of_host()

@@ -58,7 +58,15 @@ class Seen:
 
 @contextmanager
 def outputs_of(mixture: Mixture, adapter: str) -> Iterator[dict[str, Seen]]:
-    """Watch a block's experts in the forwards inside; by site, what the last one showed."""
+    """Watch a block's experts in the forwards inside; by site, what the last one showed.
+
+    Raises:
+        ValueError: the model is split among processes, of which each would show its share of the features.
+    """
+    if mixture.split is not None:
+        raise ValueError(
+            "the base model is split by tensor parallelism: load it without tp_plan to measure what experts put out"
+        )
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
         for layer in experts_of(mixture, adapter):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
@@ -113,6 +113,12 @@ class ExpertConfig:
     def sites(self) -> list[Site]:
         raise NotImplementedError
 
+    def obstacle_to_splitting(self) -> str | None:
+        """Why this expert cannot follow a host that tensor parallelism splits; None: its layer does, by `split_along`
+        and in `update`.
+        """
+        return "it does not say how"
+
     def resized(self, size: int, **changes: Any) -> Self:
         """The same expert with another value of its ``size_setting``, and ``changes``."""
         assert self.size_setting is not None
@@ -140,7 +146,7 @@ class ExpertLayer(Attached):
     role: str = ""
 
     def __init__(self, site: str, host: Host, context: BlockContext):
-        super().__init__(host.module)
+        super().__init__(host.module, host.split)
         self.site = site
         self.place = host
         self.context = context
@@ -234,6 +240,16 @@ class ExpertLayer(Attached):
         """Width of what the expert reads."""
         return self.place.in_features
 
+    @property
+    def reads_share(self) -> bool:
+        """Whether what the expert reads is a share of the features, see `moa.adapters.sharding`."""
+        return self.split is not None and self.split.reads_share
+
+    @property
+    def writes_share(self) -> bool:
+        """Whether what the expert adds to is a share of the features."""
+        return self.split is not None and self.split.writes_share
+
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with the gated update of one adapter."""
         x = x.to(self.dtype_of(adapter))
@@ -283,7 +299,8 @@ class ExpertLayer(Attached):
         self.build(adapter, config, init_weights)
         if config.copies.number > 1:
             if "mixture_copies" not in _hosts.children(self):
-                self.mixture_copies = RouterLayer(self.host, self.in_features, self.context)
+                split = None if self.split is None else replace(self.split, reads_share=self.reads_share)
+                self.mixture_copies = RouterLayer(self.host, self.in_features, self.context, split)
             router = Router(hidden_per_expert=0, bias=config.copies.bias, initial_logit=0.0)
             self.mixture_copies.add_router(adapter, router, config.copies.gating, config.copies.number)
             self.mixture_copies.finish_adapter(adapter, inference_mode)

@@ -141,6 +141,10 @@ class BottleneckLayer(ExpertLayer):
     def in_features(self) -> int:
         return self.place.out_features if self.reads is Reads.OUTPUT else self.place.in_features
 
+    @property
+    def reads_share(self) -> bool:
+        return self.writes_share if self.reads is Reads.OUTPUT else super().reads_share
+
     def factors(self, adapter: str) -> Factors:
         """The adapter's bottleneck."""
         raise NotImplementedError
@@ -160,10 +164,14 @@ class BottleneckLayer(ExpertLayer):
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """By calling the layers, as offloading and ZeRO want it; out of place."""
         factors = self.factors(adapter)
-        low = factors.first(x if factors.dropout is None else factors.dropout(x))
-        inner = self._inner(factors, low, weights)
+        x = x if factors.dropout is None else factors.dropout(x)
+        if self.reads_share:
+            low = self._biased(factors, self._summed(F.linear(x, factors.first.weight)))
+        else:
+            low = factors.first(x)
+        inner = self._spread(self._inner(factors, low, weights))
         if isinstance(factors.second, UpProjection):
-            return factors.second(inner, weights)  # type: ignore[no-any-return]
+            return factors.second(inner, None if weights is None else self._spread(weights))  # type: ignore[no-any-return]
         return factors.second(inner * factors.scaling)  # type: ignore[no-any-return]
 
     def apply_to(self, now: Forward, adapter: str, x: Tensor, y: Tensor) -> Tensor:
@@ -184,8 +192,7 @@ class BottleneckLayer(ExpertLayer):
         else:
             (low,) = read(factors.dropout(x), [factors.first.weight], y.dtype)
         weights = None if weights is None else weights.to(low.dtype)
-        if factors.first.bias is not None:
-            low = low + factors.first.bias.to(low.dtype)
+        low = self._biased(factors, self._summed(low))
         inner, scaling = self._inner(factors, low, weights), factors.scaling
         matrix: Tensor = factors.second.weight  # type: ignore[assignment]
         if isinstance(factors.second, UpProjection):  # biases as further columns, to pass over y once
@@ -193,7 +200,19 @@ class BottleneckLayer(ExpertLayer):
             ones = inner.new_ones(*inner.shape[:-1], len(bias)) if weights is None else weights
             inner = torch.cat([inner, ones.expand(*inner.shape[:-1], len(bias))], dim=-1)
             matrix = torch.cat([matrix, bias.t()], dim=1)
-        return write(y, inner, matrix, scaling, self.place.part)
+        return write(y, self._spread(inner), matrix, scaling, self.place.part)
+
+    def _summed(self, low: Tensor) -> Tensor:
+        """What the first matrix made of ``x``, if that is a share of the features: the sum over processes."""
+        return self.split.summed(low) if self.split is not None and self.reads_share else low
+
+    def _spread(self, inner: Tensor) -> Tensor:
+        """What the second matrix makes this process's share of the output of, if the output is split."""
+        return self.split.spread(inner) if self.split is not None and self.split.writes_share else inner
+
+    @staticmethod
+    def _biased(factors: Factors, low: Tensor) -> Tensor:
+        return low if factors.first.bias is None else low + factors.first.bias.to(low.dtype)
 
     def _few_tokens(self, now: Forward, adapter: str, factors: Factors, x: Tensor, y: Tensor) -> Tensor:
         """In float32 or wider, in place."""

@@ -42,6 +42,9 @@ class Ia3Expert(ExpertConfig):
     def sites(self) -> list[Site]:
         return [Site(f"ia3_{target}", target) for target in self.targets]
 
+    def obstacle_to_splitting(self) -> str | None:
+        return None
+
 
 class Rescaling(nn.Module):
     """One number per copy and feature, weight (copies, features). All zero: nothing is rescaled."""
@@ -76,12 +79,21 @@ class Ia3Layer(ExpertLayer):
         features = self.place.in_features if self.reads else self.place.out_features
         self.moa_scale[adapter] = Rescaling(config.copies.number, features, init_weights)
 
+    def split_along(self, adapter: str) -> dict[str, dict[str, int]]:
+        return {"moa_scale": {"weight": 1} if self._rescales_share else {}}
+
+    @property
+    def _rescales_share(self) -> bool:
+        return self.reads_share if self.reads else self.writes_share
+
     def form(self, adapter: str) -> RescalingForm:
         change = self.moa_scale[adapter].weight
         return RescalingForm(self.reads, change if self.reads else widen(change, self.place.part))  # type: ignore[arg-type]
 
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """In the wider dtype: in bfloat16, ``1 + change`` would lose what the expert learns."""
+        if self.split is not None and weights is not None and self._rescales_share:
+            weights = self.split.spread(weights)
         return y * self.moa_scale[adapter](weights)
 
     def _before_host(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

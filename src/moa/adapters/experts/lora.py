@@ -49,6 +49,11 @@ class LoraExpert(ExpertConfig):
     def sites(self) -> list[Site]:
         return [Site(target, target) for target in self.targets]
 
+    def obstacle_to_splitting(self) -> str | None:
+        if self.dropout:
+            return f"each process would drop other numbers (dropout={self.dropout}, use 0)"
+        return None
+
     def resized(self, size: int, **changes: Any) -> Self:
         """As every kind; alpha moves along, so that the scaling alpha / r stays what it was."""
         if not self.rslora:
@@ -80,6 +85,9 @@ class LoraLayer(BottleneckLayer):
         nn.init.kaiming_uniform_(self.moa_A[adapter].weight, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(self.moa_B[adapter].weight)
+
+    def split_along(self, adapter: str) -> dict[str, dict[str, int]]:
+        return {"moa_A": {"weight": 1} if self.reads_share else {}, "moa_B": {"weight": 0} if self.writes_share else {}}
 
     def factors(self, adapter: str) -> Factors:
         dropout = self.moa_dropout[adapter] if self.training else None

@@ -38,6 +38,9 @@ class ParallelExpert(ExpertConfig):
     def sites(self) -> list[Site]:
         return [Site("parallel", "mlp")]
 
+    def obstacle_to_splitting(self) -> str | None:
+        return None
+
 
 class ParallelLayer(BottleneckLayer):
     """Weights: ``moa_down``, a linear layer to (copies *) size, and ``moa_up``, an `UpProjection`."""
@@ -59,6 +62,11 @@ class ParallelLayer(BottleneckLayer):
         self.moa_down[adapter] = nn.Linear(self.in_features, in_rows)
         nn.init.zeros_(self.moa_down[adapter].bias)
         self.moa_up[adapter] = UpProjection(config.size, self.place.out_features, copies.number, init_weights)
+
+    def split_along(self, adapter: str) -> dict[str, dict[str, int]]:
+        """Both matrices are whole beside an MLP or behind attention, which read and put out whole features."""
+        down, up = {"weight": 1}, {"weight": 0, "bias": 1}
+        return {"moa_down": down if self.reads_share else {}, "moa_up": up if self.writes_share else {}}
 
     def factors(self, adapter: str) -> Factors:
         return Factors(

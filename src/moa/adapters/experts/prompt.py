@@ -47,6 +47,9 @@ class PromptExpert(ExpertConfig):
     def sites(self) -> list[Site]:
         return [Site("prompt", "attention")]
 
+    def obstacle_to_splitting(self) -> str | None:
+        return None
+
 
 class PromptTokens(nn.Module):
     """The tokens (copies * length, hidden), standard normal at first, and one gate per head (heads,), zero at first.
@@ -98,6 +101,10 @@ class PromptLayer(ExpertLayer):
         heads = self.place.config.num_attention_heads
         self.moa_prompt[adapter] = PromptTokens(length, self.place.in_features, heads, init_weights)
 
+    def split_along(self, adapter: str) -> dict[str, dict[str, int]]:
+        """The tokens are whole: the base's own projections make each process's heads of them."""
+        return {"moa_prompt": {"head_gate": 0} if self.split is not None and self.split.heads_share else {}}
+
     def update(self, adapter: str, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """``x`` are queries (batch, heads, tokens, width), ``y`` attention's output (batch, tokens, heads * width)."""
         now = self.context.now
@@ -139,6 +146,8 @@ class PromptLayer(ExpertLayer):
         if self.observers:
             self.show(adapter, query, output.flatten(-2))
         weights = self.weights(now, adapter, hidden)
+        if self.split is not None and self.split.heads_share and isinstance(weights, Tensor):
+            weights = self.split.spread(weights)
         if now.few and (not isinstance(weights, Tensor) or weights.shape[-1] == 1):
             return self._kept(now, adapter, query, scale).add_to(output, query, weights)
         return add_prompt(output, query, self._prompt(now, adapter), scale, as_tensor(weights, hidden))
