@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 import yaml
 from safetensors import safe_open
+
+from moa.files import LOCK
 
 # What a warm process has loaded before it forks, so that a kill costs no import.
 WARM = [
@@ -133,6 +136,8 @@ def run(
     if process.is_alive():
         process.kill()
         process.join()
+    if process.exitcode == -signal.SIGKILL:
+        wait_for_cells(command.folder)
     command.seconds, command.events = time.monotonic() - began, count.value
     return process.exitcode or 0, log.read_text() if log.exists() else ""
 
@@ -176,6 +181,13 @@ def files(*patterns: str) -> Callable[[Path], Any]:
     return lambda folder: {
         file.name: file.read_bytes() for pattern in patterns for file in sorted(folder.rglob(pattern))
     }
+
+
+def wait_for_cells(folder: Path) -> None:
+    """Those of a study that was killed end by themselves; here they hold its lock, since they are forks of it."""
+    if (folder / LOCK).exists():
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def finish(command: Command) -> None:
