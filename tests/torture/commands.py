@@ -29,7 +29,7 @@ WARM = [
 ]
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir"}
 TIMES = {"seconds", "cpu_seconds", "step_seconds", "peak_memory_mib", "versions", "finished"}  # of a study's results
-LOG_TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
 STUDY = """
 methods: {lora: {}, soft-moa: {size: 4, length: 2}}
 budgets: [3000]
@@ -168,7 +168,7 @@ def without(tree: Any, names: set[str]) -> Any:
 
 def trained(folder: Path) -> Any:
     names = ("adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "README.md", "progress.json")
-    log = [without(json.loads(line), LOG_TIMES) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return {name: (folder / name).read_bytes() for name in names} | {"log": log, "rest": sorted(os.listdir(folder))}
 
 
