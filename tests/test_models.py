@@ -192,7 +192,7 @@ def test_an_adapter_is_trained_on_a_gguf_base_and_finds_it_again(gguf_file: Path
 def test_a_truncated_gguf_file_is_refused(kept: float, gguf_file: Path, tmp_path: Path):
     content, file = gguf_file.read_bytes(), tmp_path / "cut.gguf"
     file.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"cannot load the base model '.*cut.gguf'.*damaged, incomplete"):
+    with pytest.raises(ValueError, match=r"cut\.gguf.*damaged, incomplete"):
         load_base(str(file))
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,7 +102,7 @@ def test_the_folder_of_a_run_is_complete(unbroken):
     }
     assert Recipe.load(unbroken / "recipe.yaml").output == str(unbroken)
     log = [json.loads(line) for line in (unbroken / "training_log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [*range(1, STEPS + 1), STEPS]
+    assert [entry["step"] for entry in log] == [*range(1, STEPS + 1)]
     assert log[STEPS - 1]["loss"] < log[0]["loss"]
     card = (unbroken / "README.md").read_text()
     assert "library_name: peft" in card
@@ -227,7 +228,7 @@ def test_a_killed_run_resumes_to_the_same_weights(moment, left, unbroken, recipe
     assert not (output / WRITING).exists()
     assert_same_weights(output, unbroken)
     steps = [json.loads(line)["step"] for line in (output / "training_log.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, STEPS + 1), STEPS]
+    assert steps == [*range(1, STEPS + 1)]
 
 
 def test_ctrl_c_saves_and_resumes_to_the_same_weights(unbroken, recipe, monkeypatch):
@@ -316,6 +317,19 @@ def test_resuming_on_other_data_of_the_same_name_is_refused(recipe, tmp_path, ti
     rows.write_text("\ufeff" + "".join(lines))  # the same rows
     sft.train(recipe, resume=True)
     assert last_complete(Path(recipe.output)).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 2}, {"max_steps": None, "epochs": 0.1}])
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(recipe, changes):
+    recipe = replace(recipe, **changes)
+    output = sft.train(recipe)
+    before = {file.name: file.read_bytes() for file in output.iterdir() if file.is_file()}
+    last = last_complete(output)
+    (output / WEIGHTS).unlink()
+    (output / "adapter_config.json").unlink()
+    sft.train(recipe, resume=True)
+    assert {file.name: file.read_bytes() for file in output.iterdir() if file.is_file()} == before
+    assert last_complete(output) == last
 
 
 def test_training_may_go_on_longer_than_planned(unbroken, recipe):

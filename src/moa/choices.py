@@ -21,6 +21,11 @@ def named(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {error}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in short, or what it is if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing if no allowed name is close."""
     close = difflib.get_close_matches(str(name), list(allowed), n=1)
@@ -64,7 +69,7 @@ def build(what: str, classes: Mapping[str, type], given: Any) -> Any:
     """
     if isinstance(given, tuple(classes.values())):
         return given
-    fields = {"kind": given} if isinstance(given, str) else dict(_mapping(what, given))
+    fields: dict[str, Any] = {"kind": given} if isinstance(given, str) else dict(_mapping(what, given))
     kind = fields.pop("kind", None)
     check_choice(f"{what}: kind", kind, classes)
     return from_fields(f"{what} {kind!r}", classes[kind], fields)

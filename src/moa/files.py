@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 LOCK = ".lock"
 
 
@@ -113,6 +111,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one does.
     """
+    from filelock import FileLock, Timeout  # asyncio comes with it
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moa.assets import EMBEDDED, base_path
+from moa.choices import first_line
 from moa.files import check_file
 from moa.gguf import check_gguf
 from moa.places import existing
@@ -199,7 +200,7 @@ def _explained(name: str, source: Source, what: str) -> Iterator[None]:
             hint = "; GGUF files need the package gguf: pip install gguf"
         elif source.gguf or not isinstance(error, ValueError | OSError):
             hint = "; a file is damaged, incomplete or of an unknown kind: copy or download it again"
-        raise ValueError(f"cannot {what} the base model {name!r}: {_first_line(error)}{hint}") from error
+        raise ValueError(f"cannot {what} the base model {name!r}: {first_line(error)}{hint}") from error
 
 
 def _named(name: str) -> Path:
@@ -210,7 +211,7 @@ def _named(name: str) -> Path:
     try:
         return _from_hub(model)
     except OSError as error:
-        unreachable = _first_line(error)
+        unreachable = first_line(error)
     file = _installed(model)
     if file is None:
         raise FileNotFoundError(
@@ -241,7 +242,7 @@ def _from_hub(model: Packaged) -> Path:
         HfApi().model_info(model.hub, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(model.hub, allow_patterns=files))
     except Exception as error:  # of whichever HTTP library the hub's client is built on
-        raise OSError(f"it cannot be reached: {_first_line(error)}") from error
+        raise OSError(f"it cannot be reached: {first_line(error)}") from error
 
 
 def _installed(model: Packaged) -> Path | None:
@@ -271,10 +272,6 @@ def _convert(name: str, model: Packaged, file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(whole)
         (whole / "README.md").write_text(_card(model), encoding="utf-8")
         whole.rename(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _card(model: Packaged) -> str:

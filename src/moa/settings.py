@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, dataclass_transform
 
-from moa.choices import nearest
+from moa.choices import named, nearest
 from moa.extras import extra
 from moa.files import read_text, write_text
 
@@ -100,13 +100,11 @@ def load(cls: type[T], path: Path, overrides: Mapping[str, Any] | None = None) -
         ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range; the
             message starts with the file's name.
     """
-    try:
+    with named(path.name):
         tree = read(path)
         for key, given in (overrides or {}).items():
             _override(tree, key, _parsed(given) if isinstance(given, str) else [_parsed(text) for text in given])
         return cls(**tree)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
 
 
 def read(path: Path) -> dict[str, Any]:

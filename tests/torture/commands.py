@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from moa.files import LOCK
+
 # What a warm process has loaded before it forks, so that a kill costs no import.
 WARM = [
     *("moa.library", "moa.cli", "moa.training.sft", "moa.report.spans", "moa.spans.evidence.calibration"),
@@ -26,7 +29,7 @@ WARM = [
 ]
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir"}
 TIMES = {"seconds", "cpu_seconds", "step_seconds", "peak_memory_mib", "versions", "finished"}  # of a study's results
-LOG_TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
 STUDY = """
 methods: {lora: {}, soft-moa: {size: 4, length: 2}}
 budgets: [3000]
@@ -133,6 +136,8 @@ def run(
     if process.is_alive():
         process.kill()
         process.join()
+    if process.exitcode == -signal.SIGKILL:
+        wait_for_cells(command.folder)
     command.seconds, command.events = time.monotonic() - began, count.value
     return process.exitcode or 0, log.read_text() if log.exists() else ""
 
@@ -163,7 +168,7 @@ def without(tree: Any, names: set[str]) -> Any:
 
 def trained(folder: Path) -> Any:
     names = ("adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "README.md", "progress.json")
-    log = [without(json.loads(line), LOG_TIMES) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return {name: (folder / name).read_bytes() for name in names} | {"log": log, "rest": sorted(os.listdir(folder))}
 
 
@@ -176,6 +181,13 @@ def files(*patterns: str) -> Callable[[Path], Any]:
     return lambda folder: {
         file.name: file.read_bytes() for pattern in patterns for file in sorted(folder.rglob(pattern))
     }
+
+
+def wait_for_cells(folder: Path) -> None:
+    """Those of a study that was killed end by themselves; here they hold its lock, since they are forks of it."""
+    if (folder / LOCK).exists():
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def finish(command: Command) -> None:

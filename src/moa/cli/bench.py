@@ -87,20 +87,16 @@ def _bar(console: Console) -> Any:
 
 
 def _advance(bar: Any, line: Any, state: Any) -> None:
-    left = "" if state.seconds_left is None else f"about {_span(state.seconds_left)} left"
+    from moa.report.page import duration
+
+    left = "" if state.seconds_left is None else f"about {duration(state.seconds_left)} left"
     bar.update(line, description=state.phase, completed=state.done, total=state.total, left=left)
     if state.last is not None and not bar.console.is_terminal:
         bar.console.print(f"{state.last.name}: {state.done} of {state.total} {left}", highlight=False)
 
 
-def _span(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _show_plan(console: Console, planned: Any, workers: int) -> None:
+    from moa.report.page import duration
     from moa.studies import cells as grid
     from moa.studies.conduct import seconds_for, trial_seconds
 
@@ -126,12 +122,12 @@ def _show_plan(console: Console, planned: Any, workers: int) -> None:
         one_try, one_test = trial_seconds(planned, planned.methods[0])
     total = len(left["tries"]) * one_try + len(left["tests"]) * one_test
     console.print(
-        f"about {_span(one_try)} a try and {_span(one_test)} a comparison cell, from a few steps of "
-        f"{planned.methods[0]}; about {_span(total / workers)} in all with {workers} worker{'s' * (workers > 1)}",
+        f"about {duration(one_try)} a try and {duration(one_test)} a comparison cell, from a few steps of "
+        f"{planned.methods[0]}; about {duration(total / workers)} in all with {workers} worker{'s' * (workers > 1)}",
         highlight=False,
     )
     if known := seconds_for([*left["tries"], *left["tests"]], done, workers):
-        console.print(f"about {_span(known)} in all, from the cells that are done", highlight=False)
+        console.print(f"about {duration(known)} in all, from the cells that are done", highlight=False)
 
 
 def _sizes(sizes: dict[str, float]) -> str:

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from moa.choices import named
+
 Row = dict[str, Any]
 
 _GOLD = re.compile(r"####\s*(.*?)\s*$")
@@ -45,10 +47,8 @@ def convert(fields: Mapping[str, Any], *, split: str, place: str) -> Row:
     Raises:
         ValueError: fields of no known dialect, of the wrong type, or empty; says where, which were found and needed.
     """
-    try:
+    with named(place):
         row = _converted(fields, split)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
     return row | {"place": place} if "messages" in row else row
 
 

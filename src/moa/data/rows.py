@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa.choices import check_range, nearest
+from moa.choices import check_range, first_line, nearest
 from moa.data.dialects import Row, convert
 from moa.extras import extra
 from moa.files import read_json, read_lines
@@ -119,8 +119,9 @@ def _from_hub(source: str, split: str) -> list[Row]:
     try:
         loaded = load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{source!r} is no local path and could not be loaded from the hub: {reason}") from error
+        raise ValueError(
+            f"{source!r} is no local path and could not be loaded from the hub: {first_line(error)}"
+        ) from error
     return [
         convert(_without_nulls(fields), split=split, place=f"{source}, {split} row {number}")
         for number, fields in enumerate(loaded, start=1)

@@ -49,6 +49,14 @@ def frame(title: str, body: Markup, refresh: int | None = None) -> Markup:
     return render("page.html", title=title, body=body, refresh=refresh)
 
 
+def duration(seconds: float) -> str:
+    """For people: ``75 s``, ``12 min``, ``3 h 5 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def shade(value: float, low: float = 0.0, high: float = 1.0) -> str:
     """Inline style of a heat-map cell: ``value`` between ``low`` and ``high`` as a tint for light and dark."""
     share = 0.0 if high <= low else min(max((value - low) / (high - low), 0.0), 1.0)

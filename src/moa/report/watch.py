@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from moa.extras import extra
 from moa.files import read_json
-from moa.report.page import frame, render, shade
+from moa.report.page import duration, frame, render, shade
 from moa.spans.journal import read_lines
 
 with extra("train"):
@@ -103,11 +103,7 @@ def _state(folder: Path, progress: Progress | None, done: bool) -> str:
     if done:
         return f"Finished after step {step} of {steps}."
     quiet = time.time() - (folder / PROGRESS).stat().st_mtime
-    return f"Step {step} of {steps} ({step / max(steps, 1):.0%}); last heard of {_span(quiet)} ago."
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"Step {step} of {steps} ({step / max(steps, 1):.0%}); last heard of {duration(quiet)} ago."
 
 
 def _facts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moa.adapters.config import MoAConfig
-from moa.choices import check_choice
+from moa.choices import check_choice, first_line
 from moa.files import read_json
 from moa.models import load
 from moa.places import existing
@@ -102,7 +102,7 @@ def load_adapter(base_model: PreTrainedModel, path: str | Path) -> PeftModel:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     except (OSError, KeyError, TypeError, RuntimeError) as error:  # PEFT looks for what a configuration promises
-        raise ValueError(f"cannot load the adapter {source!r}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the adapter {source!r}: {type(error).__name__}: {first_line(error)}") from error
     for name, parameter in model.named_parameters():
         if ".moa_" in name and not torch.isfinite(parameter).all():
             raise ValueError(
@@ -153,7 +153,3 @@ def _four_bit() -> BitsAndBytesConfig:
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("four_bit needs an accelerator and the package bitsandbytes (pip install bitsandbytes)")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

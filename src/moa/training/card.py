@@ -122,7 +122,8 @@ def _gates(log: Mapping[str, float]) -> str:
     if not used:
         return ""
     widest, largest = max(map(len, used)), max(used.values()) or 1.0
-    bars = [f"{name:{widest}} {'█' * round(value / largest * _BAR):{_BAR}} {value:.2f}" for name, value in used.items()]
+    order = sorted(used.items(), key=lambda item: (-item[1], item[0]))  # a checkpoint does not keep the blocks' own
+    bars = [f"{name:{widest}} {'█' * round(value / largest * _BAR):{_BAR}} {value:.2f}" for name, value in order]
     return (
         "\n## Experts\n\nEach one's part of all gates, over an equal part, in the last training steps; mean of all "
         f"blocks. {log['router/dead']:.0%} of the experts hardly act.\n\n```text\n" + "\n".join(bars) + "\n```\n"

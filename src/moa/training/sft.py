@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import set_seed
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerState, set_seed
 
 from moa.adapters.config import MoAConfig
 from moa.data import example_tokens, form_of, load_rows
@@ -25,7 +26,7 @@ from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
 from moa.training.card import write_card
-from moa.training.checkpoints import WRITING, room_on_disk
+from moa.training.checkpoints import WEIGHTS, WRITING, room_on_disk
 from moa.training.output import check_output, check_same, clear_output, move_into
 from moa.training.progress import Progress
 from moa.training.recipe import FILE_NAME, Recipe
@@ -92,7 +93,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
                 print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting at the first step")
         trainer.accelerator.wait_for_everyone()
         with interrupt, under(model, plan):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is None or not _take_finished(trainer, recipe, checkpoint):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved in "
@@ -201,6 +203,16 @@ def _tell_sizes(trainer: Trainer, examples: Sequence[Tokens], max_length: int) -
         )
     trainable, everything = trainer.model.get_nb_trainable_parameters()
     print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable: {trainable / everything:.2%}")
+
+
+def _take_finished(trainer: Trainer, recipe: Recipe, checkpoint: Path) -> bool:
+    """Whether the checkpoint is of the last step; then it is loaded. The trainer would take one step more."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < recipe.max_steps if recipe.max_steps else (state.epoch or 0.0) < recipe.epochs:
+        return False
+    trainer.state = state
+    set_peft_model_state_dict(trainer.model, load_file(checkpoint / WEIGHTS))
+    return True
 
 
 def _save(trainer: Trainer, recipe: Recipe, folder: Path) -> None:

@@ -79,8 +79,9 @@ class Trainer(SFTTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Without ``train_loss``: in a run that was resumed it is the sum since then over the steps of all of it."""
-        super().log({name: value for name, value in logs.items() if name != "train_loss"}, *args, **kwargs)
+        """Without the summary at the end, which is of this process: a run may have had several."""
+        if "train_loss" not in logs:
+            super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder / WRITING) if self._writing else super()._get_output_dir(trial)
