@@ -160,7 +160,7 @@ def read_split(model: nn.Module) -> Parallel | None:
     if sharded is None or not _hosts.loads_shards():
         raise ValueError(
             f"the base model is split by tensor parallelism (tp_size={processes}) in a way that transformers before "
-            "5.17 or peft before 0.21 have, in which a mixture would be saved in pieces. Use newer ones, or load it "
+            "5.17 or an older peft has, in which a mixture would be saved in pieces. Use newer ones, or load it "
             "without tp_plan: DDP, FSDP2 and DeepSpeed ZeRO train a mixture on several devices"
         )
     config = model.config.distributed_config
