@@ -328,7 +328,7 @@ def test_a_card_shows_gates_and_accuracy_and_its_snippet_runs(tmp_path: Path):
     right, wrong = (Item("", "1", "1", "1", correct) for correct in (True, False))
     add_accuracy(tmp_path, data, {"base": Result("number", [wrong, wrong]), "mine": Result("number", [right, wrong])})
     card = ModelCard.load(tmp_path / "README.md")
-    assert re.search(r"^q      █{7} +0\.50\nprompt █{20} 1\.50$", card.text, re.MULTILINE)
+    assert re.search(r"^prompt █{20} 1\.50\nq      █{7} +0\.50$", card.text, re.MULTILINE)
     assert "25% of the experts hardly act" in card.text
     assert "| mine | 2 | 50.0% |" in card.text
     assert [found.metric_value for found in card.data.eval_results] == [0.5]

@@ -19,7 +19,8 @@ from moa.cli import app
 from moa.files import alone
 
 pytestmark = pytest.mark.torture
-NAMES = ["train", "bench", "profile", "search"]
+LONG = pytest.mark.skipif(SHARE == 0, reason="the long form alone: a study takes longest")
+NAMES = ["train", pytest.param("bench", marks=LONG), "profile", "search"]
 
 
 def size_of(folder: Path) -> int:

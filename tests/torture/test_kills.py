@@ -21,7 +21,7 @@ def test_nothing_is_lost(name: str, commands: dict[str, Command], capsys: pytest
     command.reset()
     finish(command)
     wanted, seconds, events = command.result(command.folder), command.seconds, command.events
-    rng, kills, number = random.Random(name), 0, amount(short=2, long=50)
+    rng, kills, number = random.Random(name), 0, amount(short=1, long=50)
     for turn in range(number):
         command.reset()
         for _ in range(1 + (rng.random() < 0.3)):  # who goes on may be killed, too
