@@ -89,4 +89,5 @@ def _is_full(error: Exception, folder: Path) -> bool:
     wants = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
     if getattr(error, "errno", None) in wants or any(os.strerror(number) in str(error) for number in wants):
         return True
-    return "PytorchStreamWriter" in str(error) or shutil.disk_usage(folder).free < 2**20
+    writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container.cc"))  # torch.save's
+    return writer or shutil.disk_usage(folder).free < 2**20
