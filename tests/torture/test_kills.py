@@ -51,7 +51,7 @@ def test_the_real_command(commands: dict[str, Command], capsys: pytest.CaptureFi
     began = time.monotonic()
     subprocess.run(line, check=True, capture_output=True)
     seconds, wanted, rng = time.monotonic() - began, command.result(command.folder), random.Random(0)
-    for _ in range(amount(short=0, long=5)):
+    for _ in range(amount(short=1, long=5)):
         command.reset()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
