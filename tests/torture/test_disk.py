@@ -73,7 +73,7 @@ def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.Ca
     finish(command)
     wanted, most, rng = command.result(command.folder), 2 * size_of(command.folder), random.Random(name)
     shutil.rmtree(command.folder)
-    for _ in range(turns := amount(short=0, long=25)):
+    for _ in range(turns := amount(short=1, long=25)):
         with disk(command.folder, size_of(command.before) + 65536 if command.before else 65536):
             if command.before:
                 shutil.copytree(command.before, command.folder, dirs_exist_ok=True)

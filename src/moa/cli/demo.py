@@ -78,7 +78,7 @@ def show(recipe: Recipe, rows: int, console: Console) -> None:
     _routing(adapter, data, recipe.dtype, console)
     console.print(Rule("4/4  a fresh process loads the saved adapter and answers", align="left"))
     _examples(data, before, adapter, recipe.dtype, console)
-    _farewell(adapter, data.rows[0]["instruction"], time.monotonic() - started, console)
+    _farewell(adapter, data.rows[0]["instruction"], recipe.dtype, time.monotonic() - started, console)
 
 
 def comparison(before: Result, after: Result) -> Table:
@@ -152,14 +152,14 @@ def _examples(data: EvaluationSet, before: Result, adapter: Path, dtype: str, co
         console.print()
 
 
-def _farewell(adapter: Path, request: str, seconds: float, console: Console) -> None:
+def _farewell(adapter: Path, request: str, dtype: str, seconds: float, console: Console) -> None:
     size = sum(file.stat().st_size for file in adapter.glob("adapter_*")) / 1e6
     lines = [
         f"Done in {seconds / 60:.1f} minutes. In {adapter}: the adapter ({size:.1f} MB), its recipe, all answers.",
         "",
         "Try next:",
         f"  moa generate {adapter} {json.dumps(' '.join(request.split()), ensure_ascii=False)}",
-        f"  moa eval {adapter} --data tasks:bookings --limit 500 --dtype bfloat16",
+        f"  moa eval {adapter} --data tasks:bookings --limit 500 --dtype {dtype}",
         f"  moa inspect {adapter}",
         "  moa recipes ls",
     ]
