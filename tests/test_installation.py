@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,10 @@ def test_the_core_imports_without_any_extra():
     assert run(f"import sys; {blocked} import moa; print(moa.preset('soft-moa').peft_type)") == "PeftType.MOA"
 
 
+@pytest.mark.skipif(
+    any(find_spec(package) is None for package, _ in NEEDS),
+    reason="in an environment without extras the first one that is asked for is named, whichever else is missing",
+)
 def test_a_missing_extra_is_named():
     cases = [(package, code) for (package, _), code in NEEDS.items()]
     answers = json.loads(run(BLOCKED, json.dumps(cases)))
