@@ -184,6 +184,37 @@ def test_killed_run_goes_on_to_the_same_numbers(tiny_llama, tmp_path):
         influence(tiny_llama(seed=1).eval(), items, 32, 8, save_to=file)
 
 
+def test_items_measured_elsewhere_add_up_to_the_same_numbers(tiny_llama, tmp_path):
+    model = tiny_llama().eval()
+    items = [item(seed=seed, vocabulary=259) for seed in range(4)]
+    whole = influence(model, items, 32, 8)
+    asked: list[range] = []
+
+    def elsewhere(places: range) -> dict[int, Path]:
+        asked.append(places)
+        files = {place: tmp_path / f"{place}.safetensors" for place in places}
+        for place, path in files.items():
+            influence(model, [items[place]], 32, 8, save_to=path)
+        return files
+
+    file = tmp_path / "influence.safetensors"
+
+    def kill(done: int) -> None:
+        if done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        influence(model, items, 32, 8, save_to=file, progress=kill)
+    found = influence(model, items, 32, 8, save_to=file, elsewhere=elsewhere)
+    assert asked == [range(1, 4)]
+    assert torch.equal(found.signed, whole.signed)
+    assert torch.equal(found.absolute, whole.absolute)
+    assert (found.items, found.loss) == (4, whole.loss)
+    file.unlink()
+    with pytest.raises(ValueError, match="another model, data set"):  # files that took one another's names
+        influence(model, items, 32, 8, save_to=file, elsewhere=lambda places: {0: tmp_path / "1.safetensors"})
+
+
 def test_bad_input(tiny_llama, tmp_path):
     model = tiny_llama().eval()
     text = item(vocabulary=259)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -13,6 +15,7 @@ from moa.cli import app
 from moa.cli.spans.recipe import SpanRecipe
 from moa.recipes import names
 from moa.spans import SpanPlan, apply_spans
+from moa.spans.evidence.influence import Influence
 
 RECIPE = """
 data: {source: "tasks:lines"}
@@ -134,6 +137,21 @@ def test_refused_overwrite_leaves_the_old_files(done, recipe, tiny_base):
     impossible = ("--floor", 1.0, "--rules_per_layer", 1, "--slopes", 2, "--step", 64, "--overwrite")
     assert "no plan was found" in moa("spans", "search", recipe, *given, *impossible, code=2)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_several_workers_measure_the_same(done, recipe, tiny_base, tmp_path, monkeypatch):
+    folder, _ = done
+    shutil.copy(folder / "calibration.jsonl", tmp_path)
+    given = ("spans", "profile", recipe, "--base", tiny_base, "--output", tmp_path)
+    monkeypatch.setattr("moa.studies.influence.TOGETHER", 1)
+    assert "['local', 'ray']" in moa(*given, "--engine", "dask", code=2)
+    assert "length 192: 2 items" in moa(*given, "--workers", 2)
+    for length in (96, 192):
+        ours, theirs = (Influence.load(at / "influence" / f"length-{length}.safetensors") for at in (tmp_path, folder))
+        assert (ours.items, ours.about) == (2, theirs.about)
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)  # of as many threads as a worker has, to the bit
+        torch.testing.assert_close(ours.signed, theirs.signed, atol=1e-6, rtol=1e-4)
+    assert not (tmp_path / "items").exists()
 
 
 def test_one_profile_serves_many_densities(done, recipe, tiny_base, tmp_path):

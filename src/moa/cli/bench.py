@@ -41,16 +41,14 @@ def bench(
     from moa.studies.study import Study
 
     resolved = Study.load(study, flags(context.args))
-    from moa.choices import check_choice
     from moa.files import alone
     from moa.settings import save
     from moa.studies.conduct import conduct
-    from moa.studies.engine import ENGINES, Engine
+    from moa.studies.engine import Engine
     from moa.studies.plan import plan
     from moa.training.stops import TrainingStopped
 
     console = Console()
-    check_choice("engine", engine, ENGINES)
     where = Engine(engine, workers, address)
     with console.status("sizing methods") as status:
         planned = plan(resolved, only or [], lambda name: status.update(f"sizing {name}"))

@@ -111,11 +111,9 @@ def _one_after_the_other(console: Console, sets: list[Any], model: dict[str, Any
 def _in_processes(
     console: Console, sets: list[Any], model: dict[str, Any], batch_size: int, logs: Path, where: tuple[Any, ...]
 ) -> Outcomes:
-    from moa.choices import check_choice
-    from moa.studies.engine import ENGINES, Engine
+    from moa.studies.engine import Engine
     from moa.studies.evaluations import evaluate_on
 
-    check_choice("engine", where[0], ENGINES)
     with progress_bar(console) as bar:
         line = bar.add_task("sets", total=len(sets))
         return evaluate_on(

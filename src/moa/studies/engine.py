@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moa.choices import check_choice
 from moa.evaluation.results import write
 from moa.extras import extra
 
@@ -35,11 +36,17 @@ class Engine:
         kind: one of `ENGINES`.
         workers: cells at a time; None: one here, or one for every processor of the cluster.
         address: of the cluster, as ``ray.init`` takes it; None: the one of the environment, or a new one here.
+
+    Raises:
+        ValueError: another ``kind``.
     """
 
     kind: str = "local"
     workers: int | None = None
     address: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.kind, ENGINES)
 
     @contextmanager
     def entered(self) -> Iterator[int]:

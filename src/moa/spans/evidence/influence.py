@@ -72,6 +72,14 @@ class Influence:
             return (self.signed / max(self.items, 1)).abs()
         return (self.signed if kind == "signed" else self.absolute) / max(self.items, 1)
 
+    def add(self, other: Influence) -> None:
+        """Add what was measured on other items."""
+        items = self.items + other.items
+        self.signed += other.signed
+        self.absolute += other.absolute
+        self.loss = (self.loss * self.items + other.loss * other.items) / items
+        self.items = items
+
     def save(self, path: Path, key: str = "") -> None:
         """Write a safetensors file; it appears whole or not at all."""
         numbers = {name: getattr(self, name) for name in ("length", "block", "items", "loss", "about")}
@@ -102,6 +110,7 @@ def influence(
     loss: str = "log-odds",
     about: Mapping[str, Any] | None = None,
     save_to: Path | None = None,
+    elsewhere: Callable[[range], Mapping[int, Path]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Influence:
     """Measure a model's attention influence on its own answers.
@@ -115,6 +124,8 @@ def influence(
             "cross-entropy".
         about: what to keep with the result, plain JSON data.
         save_to: a safetensors file, written after every item; if it exists, the run goes on from it.
+        elsewhere: measures items in other processes: is given the places of those that are left, and gives the files
+            that `influence` of each alone was saved to. The sum is made here, in the same order.
         progress: called with the number of finished items, at the start and after every item.
 
     Raises:
@@ -124,25 +135,23 @@ def influence(
     _check(items, length, block)
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is not one of {list(LOSSES)}")
-    config = model.config.get_text_config()
-    layers = config.num_hidden_layers
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key = _key(model, items, length, block, loss)
-    empty = BlockSums(layers, kv_heads, length, block)
     said = {**(about or {}), "embeddings": family(model)}
-    total = Influence(empty.signed, empty.absolute, length, block, about=said)
     if save_to is not None and save_to.exists():
         total = _continued(save_to, key)
         total.about = said
-    for place in range(total.items, len(items)):
+    else:
+        empty = _sums(model, length, block)
+        total = Influence(empty.signed, empty.absolute, length, block, about=said)
+    left = range(total.items, len(items))
+    parts = elsewhere(left) if elsewhere and left else {}
+    for place in left:
         if progress:
             progress(place)
-        sums = BlockSums(layers, kv_heads, length, block)
-        response_loss = _measure(model, items[place], sums, place, LOSSES[loss])
-        total.signed += sums.signed
-        total.absolute += sums.absolute
-        total.loss = (total.loss * place + response_loss) / (place + 1)
-        total.items = place + 1
+        if place in parts:
+            total.add(_continued(parts[place], _key(model, [items[place]], length, block, loss)))
+        else:
+            total.add(_measure(model, items[place], length, block, place, LOSSES[loss]))
         if save_to is not None:
             total.save(save_to, key)
     if progress:
@@ -150,8 +159,17 @@ def influence(
     return total
 
 
-def _measure(model: Any, item: Item, sums: BlockSums, place: int, worth: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Add one item's influence to ``sums``; gives its response loss in nats."""
+def _sums(model: Any, length: int, block: int) -> BlockSums:
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return BlockSums(config.num_hidden_layers, kv_heads, length, block)
+
+
+def _measure(
+    model: Any, item: Item, length: int, block: int, place: int, worth: Callable[[Tensor, Tensor], Tensor]
+) -> Influence:
+    """Of one item."""
+    sums = _sums(model, length, block)
     with probing(model, sums), torch.enable_grad():
         logits, wanted = response_logits(model, item)
         loss = cross_entropy(logits.detach(), wanted)
@@ -162,7 +180,7 @@ def _measure(model: Any, item: Item, sums: BlockSums, place: int, worth: Callabl
         raise ValueError(f"layers {missing} do not attend through transformers' attention interface")
     if not torch.isfinite(sums.absolute).all():
         raise ValueError(f"item {place} has an influence that is not finite; try float32")
-    return float(loss)
+    return Influence(sums.signed, sums.absolute, length, block, items=1, loss=float(loss))
 
 
 def _check(items: Sequence[Item], length: int, block: int) -> None:
