@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftConfig
 
 from moa.assets import EMBEDDED
@@ -67,7 +66,7 @@ def load(
     base = base or (_trained_on(adapter) if adapter else "embedded")
     plan = plan_for_use(adapter, spans)
     with said_by:
-        model, tokenizer = load_base(base, dtype, device_map="auto" if torch.accelerator.is_available() else None)
+        model, tokenizer = load_base(base, dtype, device_map="auto")
     template = template or (_trained_with(adapter) if adapter else None) or _usual(base, tokenizer, adapter)
     check_template(tokenizer, template, base)
     loaded: Any = load_adapter(model, adapter) if adapter else model

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moa.spans.evidence.influence import influence
 from moa.spans.evidence.items import Item
 from moa.studies.engine import Engine, Failure, Task, run_all
@@ -88,7 +86,7 @@ def measure_on(
 
 def measure(job: Job) -> dict[str, Any]:
     """What a process does."""
-    model, _ = load_base(job.base, job.dtype, device_map="auto" if torch.accelerator.is_available() else None)
+    model, _ = load_base(job.base, job.dtype, device_map="auto")
     for path, item in job.items.items():
         influence(model.eval(), [item], job.length, job.block, save_to=path)
     return {}

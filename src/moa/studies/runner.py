@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -116,7 +115,7 @@ def _stage(job: Job, stage: int, result: dict[str, Any]) -> None:
 
 
 def _measure(job: Job, stage: int) -> dict[str, Any]:
-    base, tokenizer = load_base(job.base, job.dtype, device_map="auto" if torch.accelerator.is_available() else None)
+    base, tokenizer = load_base(job.base, job.dtype, device_map="auto")
     model: Any = base.eval()
     recipe = job.recipes[stage] if job.recipes else None
     if recipe is not None:

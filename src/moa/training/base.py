@@ -48,7 +48,7 @@ def emulates_bfloat16() -> bool:
 
 
 def load_base(
-    name: str, dtype: str | torch.dtype = "auto", device_map: Any = None, four_bit: bool = False
+    name: str, dtype: str | torch.dtype = "auto", device_map: str | None = None, four_bit: bool = False
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model and its tokenizer.
 
@@ -56,7 +56,7 @@ def load_base(
         name: a folder, a ``.gguf`` file, ``owner/name`` on the hub, or the name of a model that moa knows; see
             `moa.models.find`.
         dtype: a torch dtype or its name; ``auto`` as in `resolve_dtype`.
-        device_map: as in transformers.
+        device_map: as in transformers; "auto" is None where there is no accelerator.
         four_bit: quantise the weights to NF4 with bitsandbytes.
 
     Returns:
@@ -66,6 +66,8 @@ def load_base(
         ValueError: the model cannot be loaded; says from where and why.
         FileNotFoundError: there is no such model.
     """
+    if device_map == "auto" and not torch.accelerator.is_available():
+        device_map = None
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": device_map}
     if options["dtype"] is torch.bfloat16 and emulates_bfloat16():
         warnings.warn(

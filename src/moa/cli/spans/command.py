@@ -56,12 +56,9 @@ def replaced(paths: Iterable[Path], yes: bool) -> Iterator[None]:
 
 def load_model(recipe: SpanRecipe) -> tuple[Any, Any]:
     """The recipe's model in evaluation mode, and its tokenizer."""
-    import torch
-
     from moa.training.base import load_base
 
-    device_map = "auto" if torch.accelerator.is_available() else None
-    model, tokenizer = load_base(recipe.base, recipe.dtype, device_map=device_map)
+    model, tokenizer = load_base(recipe.base, recipe.dtype, device_map="auto")
     return model.eval(), tokenizer
 
 
