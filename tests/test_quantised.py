@@ -289,12 +289,23 @@ def test_it_trains_saves_loads_and_decodes(folder, tmp_path, quantiser, adapter)
     assert loaded.generate(input_ids=IDS[:2, :6], max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 14)
 
 
+def bitsandbytes_packs() -> bool:
+    """Whether its 4-bit layers repack their weights for inference on this processor."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return has_avx512bf16()
+
+
 @every
 @pytest.mark.parametrize("adapter", ["soft-moa", "sparse-moa"])
 @pytest.mark.parametrize("quantiser", ["bitsandbytes nf4", "GPTQ 4 bits"])
 def test_a_base_that_was_evaluated_before_is_not_trained_on(folder, quantiser, adapter):
     model = get_peft_model(QUANTISERS[quantiser](folder), ADAPTERS[adapter]())
     logits(model.eval(), input_ids=IDS)
+    if quantiser == "bitsandbytes nf4" and not bitsandbytes_packs():
+        losses = steps(model.train())
+        assert losses[-1] < losses[0] - 1
+        return
     with pytest.raises(ValueError, match=r"no gradient passes.*oad the base again,? and train it before"):
         steps(model.train())
 
