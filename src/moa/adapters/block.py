@@ -92,7 +92,7 @@ class Mixture(RouterLayer):
         past = None
         if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)
-            past = arguments.get("past_key_values")
+            past = _hosts.cache_of(arguments)
             now.tokens, now.starts = text_of(hidden, arguments, self.mask_hides, self.index)
             for group in now.groups or ():
                 group.forward.tokens = None if now.tokens is None else group.of(now.tokens.unsqueeze(-1)).squeeze(-1)
@@ -172,7 +172,7 @@ def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any
     if args:
         kwargs = bound_arguments(parameters, args, kwargs)
     hidden: Tensor = kwargs["hidden_states"]
-    return hidden, kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return hidden, _hosts.cache_of(kwargs)
 
 
 @functools.cache

@@ -188,8 +188,6 @@ def bound_arguments(parameters: list[str], args: tuple[Any, ...], kwargs: dict[s
     named = dict(zip(parameters, args, strict=False)) | kwargs
     if args:
         named.setdefault("hidden_states", args[0])
-    if "past_key_values" not in named and "layer_past" in named:
-        named["past_key_values"] = named["layer_past"]
     return named
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from moa import _hosts
 from moa.adapters.documents import document_starts, text_positions
 
 KEPT = 128
@@ -128,7 +129,7 @@ def text_of(hidden: Tensor, arguments: dict[str, Any], mask_hides: bool, block: 
     Raises:
         ValueError: continuous batching, whose rows mix requests that no state can follow.
     """
-    if arguments.get("block_table") is not None or type(arguments.get("cache")).__name__ == "PagedAttentionCache":
+    if arguments.get("block_table") is not None or _hosts.is_paged(arguments.get("cache")):
         raise ValueError(
             "instance-level routing cannot follow continuous batching (generate_batch): its rows mix requests. Use "
             "generate(), or a router with level='token'"
@@ -136,7 +137,7 @@ def text_of(hidden: Tensor, arguments: dict[str, Any], mask_hides: bool, block: 
     mask = arguments.get("attention_mask")
     if mask_hides and mask is not None:
         mask = ~mask
-    seen = seen_tokens(arguments.get("past_key_values"), block, hidden.shape[1])
+    seen = seen_tokens(_hosts.cache_of(arguments), block, hidden.shape[1])
     tokens = text_positions(hidden, mask, seen)
     return Text(tokens, document_starts(hidden, arguments, mask, tokens, seen))
 

@@ -167,7 +167,7 @@ class PromptLayer(ExpertLayer):
 
     def _starts_text(self, arguments: dict[str, Any], query: Tensor) -> bool:
         """Whether the KV cache, which has these tokens by now, held none before. Without asking an accelerator."""
-        past = arguments.get("past_key_values", arguments.get("layer_past"))
+        past = _hosts.cache_of(arguments)
         if past is None:
             return True
         seen = past.get_seq_length(getattr(self.host, "layer_idx", 0))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moa import _hosts
 from moa.cli.options import Template
 from moa.cli.spans.command import Recipe, begin, load_model, tell
 
@@ -44,7 +45,7 @@ def run(
     tokens = torch.tensor([_tokens(tokenizer, text, template)], device=model.device)
     with apply_spans(model, chosen):
         output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
-    _tell_sizes(model, output.past_key_values, output.sequences.shape[1] - 1)  # the last token is in no cache yet
+    _tell_sizes(model, _hosts.cache_of(output), output.sequences.shape[1] - 1)  # the last token is in no cache yet
 
 
 def _plan_file(settings: SpanRecipe) -> Path:

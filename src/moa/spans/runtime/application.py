@@ -75,7 +75,9 @@ class AppliedSpans:
         self, model: nn.Module, plan: SpanPlan, length: int = 0, any_model: bool = False, static: bool = False
     ) -> None:
         if not hasattr(CacheLayerMixin, "get_max_length"):
-            raise RuntimeError(f"attention spans need newer caches than transformers {__version__} has; 5.23 is tested")
+            raise RuntimeError(
+                f"attention spans need newer caches than transformers {__version__} has; 5.23 and 5.24 are tested"
+            )
         if length < 0:
             raise ValueError(f"length={length} must be the tokens a text reaches, or 0 if that is unknown")
         if static and not length:
@@ -145,13 +147,14 @@ class AppliedSpans:
             args, kwargs = (), {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         self._refuse_weights(kwargs.get("output_attentions"))
         self.handover.layer = self.handover.longest = None
-        cache = kwargs.get("past_key_values")
+        cache = _hosts.cache_of(kwargs)
         if torch.is_grad_enabled():
             return args, kwargs
         if cache is None:
             wanted = kwargs.get("use_cache")
             if getattr(module.config, "use_cache", False) if wanted is None else wanted:
-                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+                kwargs = {key: value for key, value in kwargs.items() if key not in _hosts.CACHES}
+                cache = kwargs[_hosts.name_of_cache(module.forward)] = DynamicCache(config=module.config)
         if cache is not None:
             fit(cache, self)
         return args, kwargs
@@ -176,7 +179,7 @@ class AppliedSpans:
                 return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             _refuse_assistants(generation_config, generation_mode)
             result = original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            if (cache := model_kwargs.get("past_key_values")) is not None:
+            if (cache := _hosts.cache_of(model_kwargs)) is not None:
                 # The last token is in no cache. `max_length` would not count a prompt that is given as embeddings.
                 fit(cache, self, max_cache_length + 1 + _virtual_tokens(model))
             return result
@@ -233,7 +236,7 @@ def uses_interface(module: nn.Module) -> bool:
     """Whether a module's own forward calls transformers' attention interface."""
     for cls in type(module).__mro__:
         forward = cls.__dict__.get("forward")
-        code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
+        code = getattr(forward and inspect.unwrap(forward), "__code__", None)
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return True
     return False
