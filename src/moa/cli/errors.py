@@ -10,12 +10,10 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -34,21 +32,6 @@ def show_traces(yes: bool) -> None:
     """Whether mistakes of the user's are shown with their trace, too."""
     global _traces
     _traces = yes
-
-
-class Commands(TyperGroup):
-    """The group of all verbs; turns exceptions into messages and exit codes."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (UsageError, typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            say("stopped", style="yellow")
-            raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:
-            raise typer.Exit(report(error)) from None
 
 
 def code_of(error: Exception) -> int | None:

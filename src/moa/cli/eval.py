@@ -26,7 +26,7 @@ from moa.cli.options import (
 from moa.cli.tables import accuracy_table, progress_bar
 
 
-def evaluate(
+def eval(
     adapter: Annotated[
         str | None, typer.Argument(help="Folder or hub name of the adapter. Without one, the base model is measured.")
     ] = None,
