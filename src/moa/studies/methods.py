@@ -89,8 +89,8 @@ class Method:
                 raise ValueError(f"methods.{name}: preset 'none' trains nothing, so it takes no {[*self.changes]}")
             return
         from moa.adapters.config import MoAConfig
+        from moa.adapters.presets import adapter_config
         from moa.studies.sizing import SIZED
-        from moa.training.adapter import adapter_config
 
         try:
             config = adapter_config({"preset": self.preset, **self.changes})
@@ -128,8 +128,8 @@ class Method:
         from peft import LoraConfig
 
         from moa.adapters.config import MoAConfig
+        from moa.adapters.presets import adapter_config
         from moa.studies.sizing import SIZED, Mixture, PeftLora, lily_variants
-        from moa.training.adapter import adapter_config
 
         section = {"preset": self.preset, **self.changes}
         config = adapter_config(section)
