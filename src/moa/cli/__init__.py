@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from moa.cli.errors import INTERRUPTED, UsageError, report, say, show_traces
+from moa.cli.errors import INTERRUPTED, UsageError, report, say
 from moa.cli.keys import ANY_FLAG, KeysCommand, StudyKeysCommand
 
 VERBS = (
@@ -62,7 +62,7 @@ class Verbs(TyperGroup):
             say("stopped", style="yellow")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            raise typer.Exit(report(error)) from None
+            raise typer.Exit(report(error, trace=ctx.params["debug"])) from None
 
 
 app = new_group(cls=Verbs, no_args_is_help=True)
@@ -75,6 +75,5 @@ def main(
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face language models with heterogeneous mixtures of adapters."""
-    show_traces(debug)
     # PEFT and TRL still ask transformers by the old name; the user can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
