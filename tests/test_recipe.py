@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from moa import MoAConfig
+from moa.adapters.presets import adapter_config
 from moa.recipes import find, names
 from moa.settings import save
-from moa.training.adapter import adapter_config
 from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.validate import validate
 

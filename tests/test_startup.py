@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from moa.cli import VERBS
+
 # One process for many command lines: what one of them loads shows from there on.
 CHILD = """
 import json, sys
@@ -22,22 +24,9 @@ for line in json.load(sys.stdin):
 print(json.dumps(answers))
 """
 
-VERBS = [
-    *(
-        "train",
-        "bench",
-        "eval",
-        "generate",
-        "inspect",
-        "export",
-        "import-reference",
-        "schema",
-        "env",
-        "demo",
-        "recipes",
-    ),
-    *("recipes ls", "recipes cp", "recipes validate", "spans"),
-    *(f"spans {verb}" for verb in ("calibrate", "profile", "search", "validate", "run")),
+LINES = [
+    *("", *VERBS, "recipes ls", "recipes cp", "recipes validate"),
+    *(f"spans {step}" for step in ("calibrate", "profile", "search", "validate", "run", "export")),
 ]
 
 MISTAKES = {
@@ -67,10 +56,23 @@ def answers(lines: list[str]) -> Iterator[tuple[str, int, str, list[str]]]:
 
 
 def test_help_loads_nothing_heavy():
-    for line, code, said, loaded in answers([f"{verb} --help" for verb in ("", *VERBS)]):
+    for line, code, said, loaded in answers([f"{line} --help" for line in LINES]):
         assert code == 0, (line, said)
         assert "Usage:" in said
         assert loaded == [], line
+        if line == " --help":
+            listed = said.partition("Commands")[2]
+            assert all(re.search(rf" {verb} [A-Z]", listed) for verb in VERBS), said
+
+
+def test_a_verb_is_imported_when_it_is_asked_for():
+    code = (
+        "import sys, moa_command; from typer.testing import CliRunner; from moa.cli import app; "
+        "CliRunner().invoke(app, ['import-reference', '--help']); "
+        "print(*sorted(name for name in sys.modules if name.startswith('moa.cli.')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["moa.cli.errors", "moa.cli.import_reference", "moa.cli.keys"], result.stderr
 
 
 def test_a_mistake_loads_nothing_heavy():

@@ -22,7 +22,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moa.adapters.presets import PRESETS
+from moa.adapters.presets import PRESETS, adapter_config
 from moa.assets import base_path
 from moa.cli import app
 from moa.data import load_rows
@@ -42,7 +42,6 @@ from moa.studies.results import gather
 from moa.studies.runner import run
 from moa.studies.study import Study, StudyData
 from moa.studies.verdicts import has
-from moa.training.adapter import adapter_config
 from moa.training.base import load_base
 from moa.versions import versions
 

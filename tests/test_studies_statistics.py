@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa.studies.claims import Claim
 from moa.studies.statistics import clustered_error, estimate, holm, sign_flip
+from moa.studies.study import Claim
 from moa.studies.verdicts import judge
 
 SEEDS, TASKS, ITEMS = 5, 4, 50

@@ -26,6 +26,7 @@ WARM = [
     *("moa.library", "moa.cli", "moa.training.sft", "moa.report.spans", "moa.spans.evidence.calibration"),
     *("moa.spans.evidence.influence", "moa.spans.search.plans", "moa.studies.conduct", "moa.studies.report"),
     *("transformers.models.llama.modeling_llama", "scipy.optimize"),
+    *("moa.cli.train", "moa.cli.bench", "moa.cli.spans"),
 ]
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir"}
 TIMES = {"seconds", "cpu_seconds", "step_seconds", "peak_memory_mib", "versions", "finished"}  # of a study's results

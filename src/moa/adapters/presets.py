@@ -1,4 +1,7 @@
-"""Named configurations. A preset has no code of its own: it is experts, a router and a gating rule."""
+"""Named configurations. A preset has no code of its own: it is experts, a router and a gating rule.
+
+`adapter_config` reads what files say of an adapter: a preset with changes, or a whole configuration.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import peft
+from peft import PeftConfig
+
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import Copies, ExpertConfig, LoraExpert, ParallelExpert, PromptExpert
 from moa.adapters.gating import Softmax, Threshold, TopK
 from moa.adapters.routers import PAPER_ROUTER, Router
-from moa.choices import nearest, plain
+from moa.choices import check_choice, from_fields, nearest, plain
 
 
 def _copies(number: int, gating: Any, *, shared: bool = False, bias: bool = False) -> LoraExpert:
@@ -63,6 +69,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What is compared with from outside; the places are those of moa's presets, as most families call them.
+PEFT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft:lora": ("LoraConfig", {}),
+    "peft:dora": ("LoraConfig", {"use_dora": True}),
+    "peft:lily": ("LilyConfig", {}),
+}
+_PLACES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+
+
 def preset(name: str, **overrides: Any) -> MoAConfig:
     """A configuration by name, with some of its settings changed.
 
@@ -112,3 +127,32 @@ def _with(expert: ExpertConfig, settings: dict[str, Any]) -> ExpertConfig:
     if "targets" in settings and "targets" in names:
         settings = {"optional": False, **settings}
     return dataclasses.replace(expert, **{key: value for key, value in settings.items() if key in names})
+
+
+def adapter_config(section: Mapping[str, Any]) -> PeftConfig:
+    """A fresh configuration from the ``adapter`` section of a recipe, or the ``moa`` section of another tool's file.
+
+    Args:
+        section: with the key ``preset``, its other keys are changes to that preset, or, for a preset such as
+            ``peft:lora``, fields of PEFT's own configuration. Without it, the fields of `MoAConfig`.
+
+    Raises:
+        ValueError: an unknown preset, key or kind, or a value outside of its range.
+    """
+    fields = dict(section)
+    name = fields.pop("preset", None)
+    if name is None:
+        return from_fields("adapter", MoAConfig, fields)
+    if str(name).startswith("peft:"):
+        return _of_peft(str(name), fields)
+    return preset(str(name), **fields)
+
+
+def _of_peft(name: str, fields: dict[str, Any]) -> PeftConfig:
+    check_choice("preset", name, PEFT_METHODS)
+    kind, fixed = PEFT_METHODS[name]
+    if not hasattr(peft, kind):
+        raise ValueError(f"preset {name!r} needs a newer PEFT than {peft.__version__}")
+    defaults = {"task_type": "CAUSAL_LM", "target_modules": list(_PLACES)}
+    config: PeftConfig = from_fields(f"preset {name!r}", getattr(peft, kind), defaults | fixed | fields)
+    return config

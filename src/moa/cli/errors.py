@@ -10,12 +10,10 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -26,29 +24,6 @@ INTERRUPTED = 130
 
 # What typer raises for wrong usage: click's class, or that of the click which newer releases carry inside.
 UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
-
-_traces = False
-
-
-def show_traces(yes: bool) -> None:
-    """Whether mistakes of the user's are shown with their trace, too."""
-    global _traces
-    _traces = yes
-
-
-class Commands(TyperGroup):
-    """The group of all verbs; turns exceptions into messages and exit codes."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (UsageError, typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            say("stopped", style="yellow")
-            raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:
-            raise typer.Exit(report(error)) from None
 
 
 def code_of(error: Exception) -> int | None:
@@ -63,14 +38,14 @@ def code_of(error: Exception) -> int | None:
     return None
 
 
-def report(error: Exception) -> int:
-    """Print ``error`` for the user; returns the exit code."""
+def report(error: Exception, *, trace: bool) -> int:
+    """Print ``error`` for the user, with ``trace`` a mistake's stack trace, too; returns the exit code."""
     code = code_of(error)
     if code is None:
         Console(stderr=True).print_exception()
         say("this looks like a bug in moa: please report it with the trace above and the output of `moa env`")
         return BUG
-    if _traces:
+    if trace:
         Console(stderr=True).print_exception()
     say(shortened(str(error)) or type(error).__name__)
     return code

@@ -37,6 +37,12 @@ class Loaded:
     base: str
     template: str
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What results are kept with: base, template and dtype."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"base": self.base, "template": self.template, "dtype": dtype}
+
 
 def load(
     adapter: str | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from moa.training.adapter import adapter_config
+from moa.adapters.presets import adapter_config
 
 
 def mixture(section: Any) -> PeftConfig:

@@ -15,7 +15,6 @@ from typing import Any
 
 from moa.evaluation.results import PACKAGES
 from moa.files import read_json
-from moa.studies.budget import Fit
 from moa.studies.methods import CALIBRATED
 from moa.studies.study import Study
 from moa.training.recipe import Recipe
@@ -112,8 +111,10 @@ def _tried_budgets(study: Study, method: str) -> list[float]:
     return list(dict.fromkeys(tried_budget(study, method, budget) for budget in study.budgets_of(method)))
 
 
-def recipes_of(study: Study, cell: Cell, fitted: Fit, train_files: Sequence[Path], output: Path) -> list[Recipe]:
-    """What the cell trains, stage by stage."""
+def recipes_of(
+    study: Study, cell: Cell, adapter: dict[str, Any], train_files: Sequence[Path], output: Path
+) -> list[Recipe]:
+    """What the cell trains, stage by stage; ``adapter`` is the recipes' section."""
     method = study.methods[cell.method]
     own = {
         "save_steps": -(-study.steps // study.snapshots) if cell.purpose == TEST else study.steps,
@@ -127,7 +128,7 @@ def recipes_of(study: Study, cell: Cell, fitted: Fit, train_files: Sequence[Path
         found.append(
             Recipe(
                 base=study.base,
-                adapter=fitted.section,
+                adapter=adapter,
                 data=data,  # type: ignore[arg-type]
                 output=str(output / f"stage-{stage + 1}"),
                 seed=cell.seed,

@@ -75,5 +75,4 @@ def evaluate_one(job: Job) -> dict[str, Any]:
         batch_size=job.batch_size,
         progress=lambda name, rows: None,
     )
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return {"result": result, "about": {"base": loaded.base, "template": loaded.template, "dtype": dtype}}
+    return {"result": result, "about": loaded.about}

@@ -24,11 +24,6 @@ BUILT = (*CALIBRATED, "uniform")
 PRESS = "kvpress:"
 
 
-def whole(budget: float) -> float:
-    """A budget as it is written: numbers of parameters are whole."""
-    return int(budget) if budget > 1 and float(budget).is_integer() else budget
-
-
 def amount(budget: float) -> str:
     """A budget for people: trained parameters, or a share of the KV cache."""
     return f"{budget:,} parameters" if budget > 1 else f"{100 * budget:g} % of the KV cache"
@@ -94,8 +89,8 @@ class Method:
                 raise ValueError(f"methods.{name}: preset 'none' trains nothing, so it takes no {[*self.changes]}")
             return
         from moa.adapters.config import MoAConfig
+        from moa.adapters.presets import adapter_config
         from moa.studies.sizing import SIZED
-        from moa.training.adapter import adapter_config
 
         try:
             config = adapter_config({"preset": self.preset, **self.changes})
@@ -133,8 +128,8 @@ class Method:
         from peft import LoraConfig
 
         from moa.adapters.config import MoAConfig
+        from moa.adapters.presets import adapter_config
         from moa.studies.sizing import SIZED, Mixture, PeftLora, lily_variants
-        from moa.training.adapter import adapter_config
 
         section = {"preset": self.preset, **self.changes}
         config = adapter_config(section)

@@ -58,8 +58,8 @@ class Plan:
 
     def recipes(self, cell: Cell) -> list[Recipe]:
         files = self.rows.training_files(self.folder / "rows")
-        fitted, work = self.fits[cell.method, cell.budget], self.folder / "work" / cell.name
-        return recipes_of(self.study, cell, fitted, files, work)
+        adapter, work = self.fits[cell.method, cell.budget].section, self.folder / "work" / cell.name
+        return recipes_of(self.study, cell, adapter, files, work)
 
 
 def plan(study: Study, only: Sequence[str] = (), progress: Callable[[str], object] = lambda method: None) -> Plan:

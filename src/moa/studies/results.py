@@ -10,10 +10,9 @@ import numpy as np
 
 from moa.evaluation.accuracy import wilson
 from moa.studies import cells as grid
-from moa.studies.claims import Claim
 from moa.studies.plan import Plan, Result
 from moa.studies.statistics import Matrix, estimate
-from moa.studies.study import Study
+from moa.studies.study import Claim, Study
 from moa.studies.verdicts import Scores, has, judge
 
 

@@ -9,17 +9,21 @@ from typing import Any
 
 from pydantic import field_validator
 
-from moa.choices import check_names, nearest
+from moa.choices import check_choice, check_names, nearest
 from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
-from moa.studies.claims import Claim
-from moa.studies.methods import Method, whole
+from moa.studies.methods import Method
 from moa.training.recipe import Recipe
 
 METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
+
+
+def whole(budget: float) -> float:
+    """A budget as it is written: numbers of parameters are whole."""
+    return int(budget) if budget > 1 and float(budget).is_integer() else budget
 
 
 @settings
@@ -65,6 +69,45 @@ class Tuning:
     learning_rates: Several[float] = knob(lambda: [3e-3, 1e-2, 3e-2], "rates to try; one alone is taken without a try")
     seeds: Several[int] = knob(lambda: [1000], "seeds of the tries, none of those that are compared")
     budget: int | None = knob(None, "try at this budget alone and use the result at all; each budget if empty")
+
+
+@settings
+class Claim:
+    """``better`` is better than every one of ``than`` at every budget: written down before the study runs.
+
+    Attributes:
+        better: the reference method; its name in ``methods``.
+        than: names of its rivals.
+        text: the claim in words, for the page.
+        budgets: where it is to hold; at all budgets of the study if empty.
+        metric: what decides it; the study's first metric if empty.
+    """
+
+    better: str = ""
+    than: Several[str] = dataclasses.field(default_factory=list)
+    text: str = ""
+    budgets: Several[float] = dataclasses.field(default_factory=list)
+    metric: str = ""
+
+    def __post_init__(self) -> None:
+        self.budgets = [whole(budget) for budget in self.budgets]
+        self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
+
+    def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
+        """Raise ValueError unless the claim is about methods, budgets and metrics of the study."""
+        check_choice("claims: better", self.better, methods)
+        if not self.than:
+            raise ValueError(f"the claim about {self.better!r} names no rival in 'than'")
+        for rival in self.than:
+            if rival not in methods:
+                raise ValueError(f"claims: than={rival!r} is not one of {methods}{nearest(rival, methods)}")
+        if self.better in self.than:
+            raise ValueError(f"claims: {self.better!r} cannot be better than itself")
+        for budget in self.budgets:
+            if budget not in budgets:
+                raise ValueError(f"claims: budgets names {budget}, but the study has {budgets}")
+        if self.metric:
+            check_choice("claims: metric", self.metric, metrics)
 
 
 @settings

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moa.evaluation.likelihood import KINDS
-from moa.studies.claims import Claim
 from moa.studies.methods import amount
 from moa.studies.statistics import LEVEL, Matrix, estimate, holm
+from moa.studies.study import Claim
 
 Scores = Mapping[tuple[str, float], Mapping[str, Matrix]]
 """(method, budget) -> task -> (seeds, items); rows of NaN where a seed has no score."""

@@ -84,7 +84,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data.train:
             raise ValueError("data.train=[] names no source to learn from")
-        from moa.training.adapter import adapter_config  # loads torch: after all that can be told without
+        from moa.adapters.presets import adapter_config  # loads torch: after all that can be told without
 
         adapter_config(self.adapter)
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import TrainerState, set_seed
 
 from moa.adapters.config import MoAConfig
+from moa.adapters.presets import adapter_config
 from moa.data import example_tokens, form_of, load_rows
 from moa.data.tokens import Tokens, check_template
 from moa.extras import extra
 from moa.files import alone
 from moa.settings import save
 from moa.spans import SpanPlan
-from moa.training.adapter import adapter_config
 from moa.training.base import load_base, resolve_dtype
 from moa.training.callbacks import LogFile, SameData, StopOnInterrupt
 from moa.training.card import write_card

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moa.adapters.experts import ExpertLayer
+from moa.adapters.presets import adapter_config
 from moa.adapters.routers import RouterLayer
 from moa.models import config_of
-from moa.training.adapter import adapter_config
 from moa.training.recipe import Recipe
 
 

@@ -1,10 +1,9 @@
 """The kinds of experts, by the name they have in a configuration."""
 
-from moa.adapters.experts.adapter import AdapterExpert, AdapterLayer
+from moa.adapters.experts.adapter import AdapterExpert, AdapterLayer, ParallelExpert, ParallelLayer
 from moa.adapters.experts.base import Copies, ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.ia3 import Ia3Expert, Ia3Layer
 from moa.adapters.experts.lora import LoraExpert, LoraLayer
-from moa.adapters.experts.parallel import ParallelExpert, ParallelLayer
 from moa.adapters.experts.prompt import PromptExpert, PromptLayer
 
 EXPERTS: dict[str, type[ExpertLayer]] = {

@@ -26,7 +26,7 @@ from moa.cli.options import (
 from moa.cli.tables import accuracy_table, progress_bar
 
 
-def evaluate(
+def eval(
     adapter: Annotated[
         str | None, typer.Argument(help="Folder or hub name of the adapter. Without one, the base model is measured.")
     ] = None,
@@ -104,8 +104,7 @@ def _one_after_the_other(console: Console, sets: list[Any], model: dict[str, Any
             batch_size=batch_size,
             progress=lambda name, rows: bar.update(line, description=name, advance=rows),
         )
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return outcomes, {"base": loaded.base, "template": loaded.template, "dtype": dtype}
+    return outcomes, loaded.about
 
 
 def _in_processes(
