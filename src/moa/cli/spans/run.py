@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moa import _hosts
 from moa.cli.options import Template
 from moa.cli.spans.command import Recipe, begin, load_model, tell
 
@@ -34,6 +33,7 @@ def run(
     """
     import torch
 
+    from moa import _hosts
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.application import apply_spans
 
