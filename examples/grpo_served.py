@@ -41,7 +41,8 @@ def serve(adapter: Path, base: str, log: Path) -> tuple[subprocess.Popen, str]:
     options = ["--max-loras", "1", "--logprobs-mode", "processed_logprobs", "--dtype", "float32"]
     options += ["--chat-template", "{{ messages[0]['content'] }}"]  # nobody chats here
     options += ["--max-model-len", "512", "--enforce-eager"]  # few steps are over before anything is compiled
-    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    memory = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; by itself an engine on a CPU asks for nearly all there is
+    environment = memory | os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with log.open("w") as out:
         server = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
     url = f"http://127.0.0.1:{port}"
