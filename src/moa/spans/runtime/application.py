@@ -86,6 +86,7 @@ class AppliedSpans:
         self.decoder = self.model.get_decoder() or self.model
         self.length, self.static = length, static
         self.handover = Handover()
+        self._cache_name = _hosts.name_of_cache(type(self.decoder).forward)
         self.active = False
         self.spans = Spans(plan, self.decoder.config)
         self.sight = Sight.of(plan)
@@ -154,7 +155,7 @@ class AppliedSpans:
             wanted = kwargs.get("use_cache")
             if getattr(module.config, "use_cache", False) if wanted is None else wanted:
                 kwargs = {key: value for key, value in kwargs.items() if key not in _hosts.CACHES}
-                cache = kwargs[_hosts.name_of_cache(module.forward)] = DynamicCache(config=module.config)
+                cache = kwargs[self._cache_name] = DynamicCache(config=module.config)
         if cache is not None:
             fit(cache, self)
         return args, kwargs
