@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, __version__
 
 VOCABULARY = 97
 
@@ -25,6 +26,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 FOUR_HEADS = COMMON | {"num_key_value_heads": 4}
+GPTJ_CALLS_THE_INTERFACE = Version(__version__) >= Version("5.24")
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -72,7 +74,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
-        prompt=False,
+        prompt=GPTJ_CALLS_THE_INTERFACE,
     ),
     "bloom": Family(
         {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
@@ -191,12 +193,10 @@ DECODERS: dict[str, Decoder] = {
         (
             *(
                 "bloom",
-                "codegen",
                 "ctrl",
                 "diffllama",
                 "falcon",
                 "gpt_neox_japanese",
-                "gptj",
                 "ministral3",
                 "moshi",
                 "mpt",
@@ -205,6 +205,7 @@ DECODERS: dict[str, Decoder] = {
         ),
         Decoder(NO_PROMPT),
     ),
+    **dict.fromkeys(("codegen", "gptj"), Decoder(FULL if GPTJ_CALLS_THE_INTERFACE else NO_PROMPT)),
     "gpt_neo": Decoder(NO_PROMPT, {"attention_types": [[["global", "local"], 1]]}),
     **dict.fromkeys(
         ("gemma4_text", "gemma4_unified_text"),

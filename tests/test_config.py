@@ -93,7 +93,6 @@ def test_unknown_presets_and_settings(name: str, overrides: dict[str, Any], mess
         ("gpt_oss", LoraExpert(["up"]), ["lora", "'up'", "gpt_oss", "offers"]),
         ("opt", LoraExpert(["gate"]), ["lora", "'gate'", "opt", "targets"]),
         ("falcon", PromptExpert(), ["prompt", "falcon", "attention interface", "Leave that expert out"]),
-        ("gptj", PromptExpert(), ["prompt", "gptj"]),
         ("bloom", PromptExpert(), ["prompt", "bloom"]),
         ("mpt", PromptExpert(), ["prompt", "mpt"]),
         ("llama", LoraExpert(layers=[2]), ["layers=[2]", "2 blocks"]),

@@ -200,7 +200,7 @@ def test_defaults_that_do_not_fit_are_left_out_with_one_warning() -> None:
 
 @pytest.mark.parametrize("config", [MoAConfig(), moa.preset("soft-moa", targets=["q", "v"])], ids=["bare", "targets"])
 def test_a_prompt_that_nobody_asked_for_is_left_out(config: MoAConfig) -> None:
-    model = hosting("gptj", config)
+    model = hosting("bloom", config)
     assert [kind for kind, _, _ in placed(model)] == ["lora", "parallel"]
     assert [expert.kind for expert in config.experts] == ["lora", "prompt", "parallel"], (
         "the caller's object is his own"
@@ -223,8 +223,8 @@ def test_requests_that_do_not_fit_fail(config: MoAConfig) -> None:
 
 
 def test_nothing_that_fits_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"gptj can host nothing of this configuration\. Left out: the prompt expert"):
-        get_peft_model(build_family("gptj"), moa.preset("prompt"))
+    with pytest.raises(ValueError, match=r"bloom can host nothing of this configuration\. Left out: the prompt expert"):
+        get_peft_model(build_family("bloom"), moa.preset("prompt"))
 
 
 def test_what_was_placed_is_what_is_saved(tmp_path: Any) -> None:
