@@ -191,16 +191,7 @@ DECODERS: dict[str, Decoder] = {
     # attention that does not go through the interface, rotates by itself, attends twice, or reads more than its tokens
     **dict.fromkeys(
         (
-            *(
-                "bloom",
-                "ctrl",
-                "diffllama",
-                "falcon",
-                "gpt_neox_japanese",
-                "ministral3",
-                "moshi",
-                "mpt",
-            ),
+            *("bloom", "ctrl", "diffllama", "falcon", "gpt_neox_japanese", "ministral3", "moshi", "mpt"),
             *("openai-gpt", "xglm"),
         ),
         Decoder(NO_PROMPT),
