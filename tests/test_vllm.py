@@ -366,11 +366,18 @@ def test_two_processes_share_a_model(cases, name, settings):
         check(ask(llm, case.prompts[:16]), case.answers[:16])
 
 
+WAYS = [
+    pytest.param(True, 1, id="eager"),
+    pytest.param(False, 1, id="compiled"),
+    pytest.param(True, 2, id="two-processes"),
+]
+
+
 @pytest.mark.case("base")
 @pytest.mark.case("soft")
 @pytest.mark.case("sparse")
 @pytest.mark.case("llama")
-@pytest.mark.parametrize(("eager", "processes"), [(True, 1), (False, 1), (True, 2)])
+@pytest.mark.parametrize(("eager", "processes"), WAYS)
 def test_two_mixtures_and_the_base_in_one_batch(cases, eager, processes):
     """Chosen per request; a common prefix is cached for each of them apart."""
     from vllm.lora.request import LoRARequest
@@ -394,15 +401,16 @@ def test_two_mixtures_and_the_base_in_one_batch(cases, eager, processes):
 @pytest.mark.case("soft")
 @pytest.mark.case("early")
 @pytest.mark.case("earlier")
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_mixtures_come_and_go_while_it_runs(cases, eager):
+@pytest.mark.parametrize(("eager", "processes"), WAYS)
+def test_mixtures_come_and_go_while_it_runs(cases, eager, processes):
     """Two slots, three mixtures, new weights of one, prefix cache on: the answers are those of the weights named."""
     from vllm.lora.request import LoRARequest
 
     soft, early, earlier = (cases[name] for name in ("soft", "early", "earlier"))
     prompts = early.prompts
     settings = {"enable_lora": True, "max_loras": 2, "worker_cls": WORKER, "enable_prefix_caching": True}
-    with engine(soft.base, {"soft": soft.adapter}, enforce_eager=eager, **settings) as llm:
+    settings |= {"enforce_eager": eager, "tensor_parallel_size": processes}
+    with engine(soft.base, {"soft": soft.adapter}, **settings) as llm:
         running = llm.llm_engine
         assert bool(running.vllm_config.compilation_config.mode) is not eager
         mine = LoRARequest("soft", 1, soft.adapter)
@@ -420,7 +428,7 @@ def test_mixtures_come_and_go_while_it_runs(cases, eager):
         check(ask(llm, prompts, lora_request=again), earlier.answers)
         assert running.remove_lora(2)
         assert running.list_loras() == {1, 3}
-        with pytest.raises(ValueError, match="or got others since"):
+        with pytest.raises(REFUSED, match="or got others since"):
             running.add_lora(LoRARequest("soft", 1, soft.adapter, load_inplace=True))
 
 
@@ -547,11 +555,12 @@ def test_what_slots_have_room_for():
 
 
 @pytest.mark.case("soft")
-def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path, processes):
     case = cases["soft"]
     (Path(case.adapter) / "recipe.yaml").write_text("data: {train: ['tasks:bookings'], template: short}\n")
     question = str(prompt_of(TASKS["bookings"].generate("test", 1)[0], "none"))
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "moa"]
     base = ["--base", "embedded"]
     written = subprocess.run(
@@ -566,6 +575,7 @@ def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path):
         port = free.getsockname()[1]
     log = tmp_path / "server.log"
     arguments = [f"mine={case.adapter}", *base, "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--tensor-parallel-size", str(processes)]
     with log.open("w") as out:
         server = subprocess.Popen([*command, "serve", *arguments], stdout=out, stderr=out, env=environment)
     try:
