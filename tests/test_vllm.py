@@ -377,7 +377,7 @@ WAYS = [
 @pytest.mark.case("soft")
 @pytest.mark.case("sparse")
 @pytest.mark.case("llama")
-@pytest.mark.parametrize(("eager", "processes"), WAYS)
+@pytest.mark.parametrize(("eager", "processes"), [*WAYS, pytest.param(False, 2, id="two-processes-compiled")])
 def test_two_mixtures_and_the_base_in_one_batch(cases, eager, processes):
     """Chosen per request; a common prefix is cached for each of them apart."""
     from vllm.lora.request import LoRARequest
