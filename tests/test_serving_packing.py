@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, build_family
 from peft import get_peft_model
+from tiny import adapter_tensors, padded, perturb, tiny_config, tiny_llama, tiny_moa, tokens
 from tiny import logits as logits_of
-from tiny import padded, perturb, tiny_config, tiny_llama, tiny_moa, tokens
 from torch import Tensor, nn
 
 import moa
 from moa.adapters.experts import LoraLayer
 from moa.serving.packing import CHILD, Packed
+from moa.serving.shards import Processes, Share, part
 
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}  # in float64: random mixtures are too badly conditioned for less
 ROUNDED = {"atol": 1e-3, "rtol": 1e-3}
@@ -28,9 +33,9 @@ EVERY_KIND = [
     moa.PromptExpert(length=3),
 ]
 EVERY_KIND_IN_COPIES = [
-    moa.LoraExpert(targets=["q", "down"], r=2, copies=3),
+    moa.LoraExpert(targets=["q", "down"], r=2, copies=moa.Copies(3, bias=True)),
     moa.LoraExpert(targets=["v"], r=2, copies=moa.Copies(2, shared=True, bias=True)),
-    moa.Ia3Expert(copies=2),
+    moa.Ia3Expert(copies=moa.Copies(2, bias=True)),
     moa.AdapterExpert(size=4, copies=2),
     moa.ParallelExpert(size=4, copies=moa.Copies(2, shared=True, gating=moa.TopK(k=1))),
     moa.PromptExpert(length=3, copies=3),
@@ -55,9 +60,9 @@ def mixture(config: moa.MoAConfig | None = None) -> Any:
     return tiny_moa(config).double()
 
 
-def pack(model: nn.Module, *adapters: str, mask: Tensor | None = None) -> Packed:
+def pack(model: nn.Module, *adapters: str, mask: Tensor | None = None, processes: Processes | None = None) -> Packed:
     token = torch.zeros(1, 1, dtype=torch.long)
-    return Packed(model, adapters or ("default",), lambda: model(input_ids=token), mask)
+    return Packed(model, adapters or ("default",), lambda: model(input_ids=token), mask, processes)
 
 
 @pytest.mark.parametrize("experts", [EVERY_KIND, EVERY_KIND_IN_COPIES], ids=["one", "copies"])
@@ -179,3 +184,92 @@ def test_packing_leaves_the_saved_state_alone():
     pack(model)
     assert set(model.state_dict()) == before
     assert any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+class Columns(nn.Linear):
+    """A linear layer of which a process computes some outputs."""
+
+    own: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[self.own])
+
+
+class Rows(nn.Linear):
+    """One of whose input a process has some features; the output is whole in all of them."""
+
+    own: Tensor
+    total: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.total(F.linear(x, self.weight[:, self.own]))
+
+
+class Threads:
+    """As many threads as an engine has processes, and what they add up."""
+
+    def __init__(self, ranks: int):
+        self._ranks = range(ranks)
+        self._here = threading.Barrier(ranks, timeout=120)
+        self._given: dict[int, Tensor] = {}
+
+    def total(self, rank: int, x: Tensor) -> Tensor:
+        self._given[rank] = x
+        self._here.wait()
+        result = sum(self._given[other] for other in self._ranks)
+        self._here.wait()
+        return result  # type: ignore[return-value]
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        def alone(rank: int) -> Any:
+            try:
+                with torch.no_grad():
+                    return work(rank)
+            except BaseException:
+                self._here.abort()  # so that the others do not wait for this one
+                raise
+
+        with ThreadPoolExecutor(len(self._ranks)) as pool:
+            return list(pool.map(alone, self._ranks))
+
+
+def split(model: nn.Module, rank: int, ranks: int, total: Callable[[Tensor], Tensor]) -> Processes:
+    """Let a Llama compute one process's share, as engines split it."""
+    shares: dict[nn.Module, Share] = {}
+    for name, module in model.named_modules():
+        _, _, last = name.rpartition(".")
+        if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            module.__class__, module.own = Columns, part(module.out_features, rank, ranks)
+            shares[module] = Share(outputs=module.own)
+        elif last in ("o_proj", "down_proj"):
+            module.__class__, module.own = Rows, part(module.in_features, rank, ranks)
+            module.total = total
+            shares[module] = Share(inputs=module.own)
+        elif last == "self_attn":
+            shares[module] = Share(heads=part(module.config.num_attention_heads, rank, ranks))
+    return Processes(lambda module: shares.get(module, Share()), total)
+
+
+@pytest.mark.parametrize("experts", [EVERY_KIND, EVERY_KIND_IN_COPIES], ids=["one", "copies"])
+@pytest.mark.parametrize("name", ["soft", "attention", "threshold", "ungated"])
+def test_a_model_that_is_split_among_processes(experts, name):
+    """Every process computes with its share of a mixture that it holds whole; new weights as well."""
+    config = moa.MoAConfig(experts=experts, **CONFIGS[name])
+    models = [mixture(config) for _ in range(2)]
+    expected = logits(models[0])
+    other = perturb(mixture(config), seed=3)
+    changed, tensors = logits(other), adapter_tensors(other)
+    assert not torch.allclose(changed, expected, atol=0.1)
+    threads = Threads(2)
+
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        model = models[rank]
+        packed = pack(model, processes=split(model, rank, 2, lambda x: threads.total(rank, x)))
+        first = logits(model)
+        model.load_state_dict(tensors, strict=False)
+        packed.refresh()
+        return first, logits(model)
+
+    for first, second in threads.run(work):
+        torch.testing.assert_close(first, expected, **CLOSE)
+        torch.testing.assert_close(second, changed, **CLOSE)

@@ -1,4 +1,4 @@
-"""What the processes of a tensor-parallel engine compute together is what one computes alone; here in one process."""
+"""What the processes of a tensor-parallel engine compute together is what one computes alone, without any engine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_bottlenecks(ranks, split, reads, activation):
         for own, piece in zip(held[reads], shards, strict=True)
     ]
     for host, piece, low in zip(hosts, shards, lows, strict=True):
-        total = sum(lows) if piece.summed else low
+        total = low if piece.read is None else sum(lows)
         own = expected if host.outputs is None else expected[:, host.outputs]
         torch.testing.assert_close(added(piece.form, total, gate), own)
 
@@ -73,24 +73,28 @@ def test_rescalings(ranks, of_input):
     found = []
     for rank in range(ranks):
         own = part(OUT, rank, ranks)
-        piece = shard(form, Share(inputs=own) if of_input else Share(outputs=own))
-        assert not piece.summed
+        piece = shard(form, Share(inputs=own) if of_input else Share(outputs=own), Share())
+        assert (piece.read is own) is of_input  # by a router over copies, which reads what the host reads
         found.append(y[:, own] * (1 + weights @ piece.form.change))
     torch.testing.assert_close(torch.cat(found, dim=-1), expected)
-    assert shard(form, Share()).form is form
+    whole = shard(form, Share(), Share())
+    assert whole.form.change is form.change
+    assert whole.read is None
 
 
 @pytest.mark.parametrize(("ranks", "kv_heads"), [(1, 2), (2, 2), (4, 4), (4, 2), (2, 1)])
 def test_prompts(ranks, kv_heads):
-    """By heads; where there are fewer KV heads than processes, several have the same one."""
+    """By heads, of which the base's own projections make those here; several processes may have the same KV head."""
     heads = 4
     prompt = Prompt(normal(kv_heads, 3, HEAD), normal(kv_heads, 3, HEAD, seed=1), normal(heads, seed=2))
     query = normal(1, heads, TOKENS, HEAD, seed=3)
     expected = prompt_alone(query, prompt, 0.5, None)
     found = []
     for rank in range(ranks):
-        own = part(heads, rank, ranks)
-        piece = shard(prompt, Share(heads=own, kv_heads=part(kv_heads, rank, ranks)))
+        own, kv = part(heads, rank, ranks), part(kv_heads, rank, ranks)
+        here = Prompt(prompt.key[kv], prompt.value[kv], prompt.head_gate)
+        piece = shard(here, Share(heads=own), Share())
+        assert piece.read is None
         found.append(prompt_alone(query[:, own], piece.form, 0.5, None))
     torch.testing.assert_close(torch.cat(found, dim=2), expected)
 
@@ -105,7 +109,7 @@ def test_merged_projections(ranks):
     whole = added(form, x @ form.down.t(), gate).split(widths, dim=-1)
     for rank in range(ranks):
         own = [columns(part(n, rank, ranks), HEAD) for n in (heads, kv_heads, kv_heads)]
-        piece = shard(form, Share(outputs=beside(own, widths)))
+        piece = shard(form, Share(outputs=beside(own, widths)), Share())
         expected = torch.cat([part_of[:, places] for part_of, places in zip(whole, own, strict=True)], dim=-1)
         torch.testing.assert_close(added(piece.form, x @ piece.form.down.t(), gate), expected)
 

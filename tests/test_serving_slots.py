@@ -89,6 +89,16 @@ def test_one_that_is_used_stays_where_it_is(saved):
     assert engine.fills == before
 
 
+def test_processes_agree_on_what_is_in_a_slot(saved):
+    """vLLM hands every process a set of requests, whose order is another one in each."""
+    asked = [saved(number, f"m{number}") for number in (1, 2, 3)]
+    engines = [Engine([configuration(asked[0].lora_path)] * 2) for _ in range(2)]
+    for batch in ([asked[1], asked[0]], [asked[0], asked[1]], [asked[2]], [asked[2], asked[0]], [asked[1]]):
+        engines[0].answers(*batch)
+        engines[1].answers(*reversed(batch))
+        assert engines[0].inside == engines[1].inside
+
+
 def test_a_batch_with_more_than_there_are_slots_is_refused(saved):
     asked = [saved(number, f"m{number}") for number in (1, 2)]
     engine = Engine([configuration(asked[0].lora_path)])

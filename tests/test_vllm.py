@@ -6,6 +6,7 @@ this process. What transformers says is asked before the first engine starts, si
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -67,8 +68,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"qk_layernorm": True},
     "cohere2": {"sliding_window": 64},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama-mqa": {"num_key_value_heads": 1},
 }
 STACKED = ("mixtral",)
+NOT_SPLIT = ("phi3", "stablelm")
+"""Families that vLLM's Transformers backend does not run on several processes, with or without a mixture."""
+
+REFUSED = (ValueError, RuntimeError)  # an engine of several processes says RuntimeError for what one of them raised
 
 
 class Answer(NamedTuple):
@@ -105,7 +111,9 @@ def every_kind(stacked: bool, **fields: Any) -> moa.MoAConfig:
 def tiny_base(family: str, folder: Path) -> Path:
     settings = SHAPE | FAMILIES[family]
     with seeded(0):
-        config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
+        config = AutoConfig.for_model(
+            family.removesuffix("-mqa"), **{k: v for k, v in settings.items() if v is not None}
+        )
         model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -279,6 +287,8 @@ def engine(base: str, adapters: dict[str, str], **settings: Any) -> Iterator[Any
     from vllm.distributed import cleanup_dist_env_and_memory
 
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if settings.get("tensor_parallel_size", 1) > 1:  # on however few cores; `apply_model` sends functions to processes
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     overrides = {"architectures": ["MoAForCausalLM"], "moa_adapters": adapters}
     common: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 64, "skip_tokenizer_init": True, "max_model_len": 512}
     common |= {"hf_overrides": overrides, "enforce_eager": True}
@@ -332,19 +342,50 @@ def test_trained_mixtures(cases, name, settings):
         check(ask(llm, case.prompts), case.answers)
 
 
+def split(*names: str, **settings: Any) -> list[Any]:
+    """Cases for an engine of two processes."""
+    settings["tensor_parallel_size"] = 2
+    how = "eager" if settings.get("enforce_eager", True) else "compiled"
+    return [pytest.param(name, settings, marks=pytest.mark.case(name), id=f"{name}-{how}") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *split(*[family for family in FAMILIES if family not in NOT_SPLIT], max_model_len=128),
+        *split("llama", "mixtral", max_model_len=128, enforce_eager=False),
+        *split("soft", "sparse", max_num_batched_tokens=64, max_num_seqs=8, enable_chunked_prefill=True),
+    ],
+)
+def test_two_processes_share_a_model(cases, name, settings):
+    """Tensor parallelism, with every kind of expert and copies; one KV head in both processes among the families."""
+    case = cases[name]
+    with engine(case.base, {name: case.adapter}, **settings) as llm:
+        compiled = bool(llm.llm_engine.vllm_config.compilation_config.mode)
+        assert compiled is not settings.get("enforce_eager", True)
+        check(ask(llm, case.prompts[:16]), case.answers[:16])
+
+
+WAYS = [
+    pytest.param(True, 1, id="eager"),
+    pytest.param(False, 1, id="compiled"),
+    pytest.param(True, 2, id="two-processes"),
+]
+
+
 @pytest.mark.case("base")
 @pytest.mark.case("soft")
 @pytest.mark.case("sparse")
 @pytest.mark.case("llama")
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_two_mixtures_and_the_base_in_one_batch(cases, eager):
+@pytest.mark.parametrize(("eager", "processes"), [*WAYS, pytest.param(False, 2, id="two-processes-compiled")])
+def test_two_mixtures_and_the_base_in_one_batch(cases, eager, processes):
     """Chosen per request; a common prefix is cached for each of them apart."""
     from vllm.lora.request import LoRARequest
 
     soft, sparse = cases["soft"], cases["sparse"]
     folders = {"soft": soft.adapter, "sparse": sparse.adapter}
     settings = {"enable_lora": True, "max_loras": 2, "worker_cls": WORKER, "enable_prefix_caching": True}
-    settings["enforce_eager"] = eager
+    settings |= {"enforce_eager": eager, "tensor_parallel_size": processes}
     with engine(soft.base, folders, **settings) as llm:
         requests = [LoRARequest(name, number, folder) for number, (name, folder) in enumerate(folders.items(), 1)]
         mixed = [request for _ in range(16) for request in (*requests, None)]
@@ -353,22 +394,23 @@ def test_two_mixtures_and_the_base_in_one_batch(cases, eager):
         check(answers[0::3], soft.answers[:16])
         check(answers[1::3], sparse.answers[:16])
         check(answers[2::3], cases["base"].answers[:16])
-        with pytest.raises(ValueError, match="a running engine cannot change its shapes"):
+        with pytest.raises(REFUSED, match="a running engine cannot change its shapes"):
             llm.llm_engine.add_lora(LoRARequest("third", 3, cases["llama"].adapter))
 
 
 @pytest.mark.case("soft")
 @pytest.mark.case("early")
 @pytest.mark.case("earlier")
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_mixtures_come_and_go_while_it_runs(cases, eager):
+@pytest.mark.parametrize(("eager", "processes"), WAYS)
+def test_mixtures_come_and_go_while_it_runs(cases, eager, processes):
     """Two slots, three mixtures, new weights of one, prefix cache on: the answers are those of the weights named."""
     from vllm.lora.request import LoRARequest
 
     soft, early, earlier = (cases[name] for name in ("soft", "early", "earlier"))
     prompts = early.prompts
     settings = {"enable_lora": True, "max_loras": 2, "worker_cls": WORKER, "enable_prefix_caching": True}
-    with engine(soft.base, {"soft": soft.adapter}, enforce_eager=eager, **settings) as llm:
+    settings |= {"enforce_eager": eager, "tensor_parallel_size": processes}
+    with engine(soft.base, {"soft": soft.adapter}, **settings) as llm:
         running = llm.llm_engine
         assert bool(running.vllm_config.compilation_config.mode) is not eager
         mine = LoRARequest("soft", 1, soft.adapter)
@@ -386,7 +428,7 @@ def test_mixtures_come_and_go_while_it_runs(cases, eager):
         check(ask(llm, prompts, lora_request=again), earlier.answers)
         assert running.remove_lora(2)
         assert running.list_loras() == {1, 3}
-        with pytest.raises(ValueError, match="or got others since"):
+        with pytest.raises(REFUSED, match="or got others since"):
             running.add_lora(LoRARequest("soft", 1, soft.adapter, load_inplace=True))
 
 
@@ -403,20 +445,31 @@ def test_the_prefix_cache(cases):
         assert fresh != ask(llm, case.prompts[:3])
 
 
+def load(tensors: dict[str, torch.Tensor], model: Any) -> None:
+    model.load_weights(tensors.items())
+
+
+def hand_over(llm: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """New weights for the model in every process; what is sent there has to be found there by its name."""
+    llm.apply_model(functools.partial(load, tensors))
+
+
 @pytest.mark.case("soft")
-def test_new_weights_in_place(cases):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_new_weights_in_place(cases, processes):
     """As in reinforcement learning: the engine goes on with what a trainer hands over."""
     soft = cases["soft"]
     tensors = load_file(Path(soft.adapter, "adapter_model.safetensors"))
-    with engine(soft.base, {"soft": soft.adapter}, enable_prefix_caching=False) as llm:
-        llm.apply_model(lambda model: model.load_weights((n, torch.zeros_like(t)) for n, t in tensors.items()) and None)
+    settings = {"enable_prefix_caching": False, "tensor_parallel_size": processes}
+    with engine(soft.base, {"soft": soft.adapter}, **settings) as llm:
+        hand_over(llm, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
         silent = ask(llm, soft.prompts[:8])
         assert [a.tokens for a in silent] != [a.tokens for a in soft.answers[:8]]
-        llm.apply_model(lambda model: model.load_weights(tensors.items()) and None)
+        hand_over(llm, tensors)
         check(ask(llm, soft.prompts[:8]), soft.answers[:8])
         wrong = {"base_model.model.model.layers.0.mixture.moa_w9.weight": torch.zeros(1)}
-        with pytest.raises(ValueError, match="missing"):
-            llm.apply_model(lambda model: model.load_weights(wrong.items()) and None)
+        with pytest.raises(REFUSED, match="missing"):
+            hand_over(llm, wrong)
 
 
 @pytest.mark.case("int8")
@@ -451,8 +504,9 @@ def test_an_adapter_of_another_base_is_refused(cases):
 @pytest.mark.parametrize(
     ("changes", "mixtures", "message"),
     [
-        ({"tensor_parallel_size": 2}, 1, "tensor_parallel_size=2"),
         ({"pipeline_parallel_size": 2}, 1, "pipeline_parallel_size=2"),
+        ({"decode_context_parallel_size": 2}, 1, "decode_context_parallel_size=2"),
+        ({"prefill_context_parallel_size": 2}, 1, "prefill_context_parallel_size=2"),
         ({"lora_config": object()}, 1, "--enable-lora needs --worker-cls"),
         ({"speculative_config": object()}, 1, "--speculative-config"),
         ({}, 2, "2 mixtures in one engine need --enable-lora"),
@@ -461,10 +515,33 @@ def test_an_adapter_of_another_base_is_refused(cases):
 def test_settings_that_do_not_go_with_mixtures(changes, mixtures, message):
     from moa.serving.vllm import refuse_engine
 
-    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "worker_cls": "auto"} | changes
+    sizes = dict.fromkeys((f"{way}_parallel_size" for way in ("pipeline", "decode_context", "prefill_context")), 1)
+    parallel = sizes | {"worker_cls": "auto"} | changes
     others = {"lora_config": None, "speculative_config": None} | changes
     with pytest.raises(ValueError, match=message):
         refuse_engine(SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **others), mixtures)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "message"),
+    [
+        ("RowParallelLinear", {"reduce_results": False}, "shared.down, of which every process puts out a summand"),
+        (
+            "ColumnParallelLinear",
+            {"output_size": 8, "tp_rank": 0, "tp_size": 2, "output_size_per_partition": 5},
+            "shared.down, which is split as ColumnParallelLinear does",
+        ),
+    ],
+)
+def test_hosts_that_are_split_in_a_way_that_experts_do_not_follow(kind, attributes, message):
+    from vllm.model_executor.layers import linear
+
+    from moa.serving.vllm_parallel import share_of
+
+    host = object.__new__(getattr(linear, kind))  # to be built, it needs an engine
+    vars(host).update(attributes, prefix="shared.down")
+    with pytest.raises(ValueError, match=message):
+        share_of(host)
 
 
 def test_what_slots_have_room_for():
@@ -478,11 +555,12 @@ def test_what_slots_have_room_for():
 
 
 @pytest.mark.case("soft")
-def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path, processes):
     case = cases["soft"]
     (Path(case.adapter) / "recipe.yaml").write_text("data: {train: ['tasks:bookings'], template: short}\n")
     question = str(prompt_of(TASKS["bookings"].generate("test", 1)[0], "none"))
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "moa"]
     base = ["--base", "embedded"]
     written = subprocess.run(
@@ -497,6 +575,7 @@ def test_an_openai_client_gets_what_moa_generate_writes(cases, tmp_path):
         port = free.getsockname()[1]
     log = tmp_path / "server.log"
     arguments = [f"mine={case.adapter}", *base, "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--tensor-parallel-size", str(processes)]
     with log.open("w") as out:
         server = subprocess.Popen([*command, "serve", *arguments], stdout=out, stderr=out, env=environment)
     try:

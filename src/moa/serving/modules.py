@@ -9,7 +9,7 @@ Shapes: ``n`` tokens, batch and time flattened; ``columns`` of the gates, one pe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,12 @@ from moa.adapters.routers import RouterLayer
 class PackedRouter(nn.Module):
     """A router of one adapter whose first products are computed elsewhere, with those of others that read the same.
 
+    Args:
+        layer: the router.
+        adapter: whose.
+        dtype: of what it reads.
+        read: numbers of the features of its input that are here, see `moa.serving.shards.Shard`; None: all.
+
     Attributes:
         weight: (rows, in), what reads the router's input.
         bias: (rows,).
@@ -33,7 +39,7 @@ class PackedRouter(nn.Module):
     weight2: Tensor | None
     bias2: Tensor | None
 
-    def __init__(self, layer: RouterLayer, adapter: str, dtype: torch.dtype):
+    def __init__(self, layer: RouterLayer, adapter: str, dtype: torch.dtype, read: Tensor | None = None):
         super().__init__()
         self.gating = layer.gating[adapter]
         self.is_swiglu = adapter in layer.moa_w1
@@ -41,7 +47,8 @@ class PackedRouter(nn.Module):
         self.sizes = [len(one.weight) for one in first]
         wide = torch.promote_types(dtype, torch.float32)
         biases = [one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in first]
-        _keep(self, "weight", torch.cat([one.weight for one in first]), dtype)
+        weight = torch.cat([one.weight for one in first])
+        _keep(self, "weight", weight if read is None else weight[:, read], dtype)
         _keep(self, "bias", torch.cat(biases), dtype)
         second = layer.moa_w2[adapter] if self.is_swiglu else None
         _keep(self, "weight2", None if second is None else second.weight, wide)  # type: ignore[arg-type]
@@ -60,6 +67,18 @@ class PackedRouter(nn.Module):
         return weights
 
 
+Total: TypeAlias = Callable[[Tensor], Tensor]
+"""The sum of all processes' tensors, see `moa.serving.shards.Processes`."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, total: Total | None) -> Tensor:
+    """``x W^T + b``, (n, rows); given ``total``, ``x`` and ``W`` are one process's part of the features."""
+    if total is None:
+        return F.linear(x, weight, bias)
+    low = total(F.linear(x, weight))
+    return low if bias is None else low + bias
+
+
 class Placed(NamedTuple):
     """A form with what gates it.
 
@@ -67,11 +86,13 @@ class Placed(NamedTuple):
         form: the expert's.
         column: which of the block's gates multiplies it.
         copies: the router over its copies, or None.
+        total: sums what is made of its input, of which a part is here; None: all of it is.
     """
 
     form: Any
     column: int
     copies: PackedRouter | None
+    total: Total | None
 
 
 class PackedBottlenecks(nn.Module):
@@ -82,6 +103,7 @@ class PackedBottlenecks(nn.Module):
         down_bias: (rows,), or None.
         up: (width, out).
         columns: of the block's gates, one per row of ``up``.
+        total: as in `Placed`, the same for all.
     """
 
     down: Tensor
@@ -92,12 +114,13 @@ class PackedBottlenecks(nn.Module):
     def __init__(self, experts: Sequence[Placed], dtype: torch.dtype):
         super().__init__()
         self.columns = [expert.column for expert in experts for _ in expert.form.up]
+        self.total = experts[0].total
         self.runs: list[_Run] = []
         self.sizes: list[int] = []
         routers: list[nn.Module] = []
         rows: list[Tensor] = []
         biases: list[Tensor | None] = []
-        for form, _, copies in experts:
+        for form, _, copies, _ in experts:
             rows.append(form.down)
             biases.append(form.down_bias)
             if form.activation is None and copies is None and not form.biases:
@@ -125,8 +148,12 @@ class PackedBottlenecks(nn.Module):
         self.runs.append(_Run(None, rows, 0, None))
         self.sizes.append(rows)
 
+    def read(self, x: Tensor) -> Tensor:
+        """What ``down`` makes of the input (n, in), (n, rows)."""
+        return product(x, self.down, self.down_bias, self.total)
+
     def forward(self, y: Tensor, low: Tensor, gates: Tensor | None) -> Tensor:
-        """Add to ``y`` (n, out), given ``low`` (n, rows), the input through ``down``, and gates (n, width) or None."""
+        """Add to ``y`` (n, out), given ``low`` (n, rows), see `read`, and gates (n, width) or None."""
         parts = iter((low,) if len(self.sizes) == 1 else low.split(self.sizes, dim=-1))
         inner = [self._inner(run, parts) for run in self.runs]
         wide = inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1)
@@ -166,6 +193,7 @@ class PackedRescaling(nn.Module):
     def __init__(self, expert: Placed, dtype: torch.dtype):
         super().__init__()
         self.of_input = expert.form.of_input
+        self.total = expert.total
         self.copies = expert.copies
         self.columns = [expert.column]
         _keep(self, "change", expert.form.change, torch.promote_types(dtype, torch.float32))
@@ -174,7 +202,8 @@ class PackedRescaling(nn.Module):
         """``y`` (n, features) rescaled, given what the host reads (n, in) and gates (n, 1) or None."""
         weights = None if gates is None else gates.to(self.change.dtype)
         if self.copies is not None:
-            route = self.copies(F.linear(read, self.copies.weight, self.copies.bias)).to(self.change.dtype)
+            first = product(read, self.copies.weight, self.copies.bias, self.total)
+            route = self.copies(first).to(self.change.dtype)
             weights = route if weights is None else weights * route
         change = self.change.sum(0) if weights is None else weights @ self.change
         return (y * (1 + change)).to(y.dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from moa.adapters.experts import ExpertLayer
 from moa.adapters.experts.forms import Bottleneck, Form, Reads, Rescaling
 from moa.adapters.tuner import TunerLayer
 from moa.serving.modules import PackedBottlenecks, PackedPrompt, PackedRescaling, PackedRouter, Placed
+from moa.serving.shards import Processes, shard
 
 Forms = Mapping[tuple[ExpertLayer, str], Form]
 """The form of every expert, for each of its adapters."""
@@ -46,17 +48,25 @@ class Packed:
         run: runs the model's blocks on a token or two, for experts that have to see a forward.
         mask: (tokens, adapters), kept by whoever runs the model: 1 for the adapter that a token of the next forward
             asks for, 0 elsewhere; rows beyond its tokens are not read. None: there is one adapter for all tokens.
+        processes: how the model is split among an engine's processes, to which the adapters, which are whole, are
+            fitted. None: it is not.
 
     Raises:
-        ValueError: an expert has no form, or its host never ran.
+        ValueError: an expert has no form, its host never ran, or is split in a way that it cannot follow.
     """
 
     def __init__(
-        self, model: nn.Module, adapters: Sequence[str], run: Callable[[], object], mask: Tensor | None = None
+        self,
+        model: nn.Module,
+        adapters: Sequence[str],
+        run: Callable[[], object],
+        mask: Tensor | None = None,
+        processes: Processes | None = None,
     ):
         self._adapters = list(adapters)
         self._run = run
         self._mask = mask
+        self._processes = processes
         for layer in model.modules():
             if isinstance(layer, TunerLayer):
                 layer.set_adapter(self._adapters, inference_mode=True)
@@ -79,7 +89,7 @@ class Packed:
     @torch.no_grad()
     def _pack(self) -> list[PackedBlock]:
         forms = _forms(self._mixtures, self._adapters, self._run)
-        return [PackedBlock(mixture, self._adapters, forms, self._mask) for mixture in self._mixtures]
+        return [PackedBlock(mixture, self._adapters, forms, self._mask, self._processes) for mixture in self._mixtures]
 
 
 class Running:
@@ -112,14 +122,22 @@ class PackedBlock(nn.Module):
         mixture: of the block.
         adapters: all of the model's; those without an expert here take no part.
         forms: of all experts.
-        mask: see `Packed`.
+        mask, processes: see `Packed`.
     """
 
     columns: Tensor
     mask: Tensor | None
 
-    def __init__(self, mixture: Mixture, adapters: Sequence[str], forms: Forms, mask: Tensor | None):
+    def __init__(
+        self,
+        mixture: Mixture,
+        adapters: Sequence[str],
+        forms: Forms,
+        mask: Tensor | None,
+        processes: Processes | None,
+    ):
         super().__init__()
+        self._processes = processes
         self.register_buffer("mask", mask, persistent=False)
         self._mixture = (mixture,)  # a tuple, so that nn.Module does not register it as a child
         self._now = Running()
@@ -162,11 +180,10 @@ class PackedBlock(nn.Module):
             for _, name in self._adapters:
                 if name not in layer.output:
                     continue
-                form, copies = forms[layer, name], layer.router_over_copies(name)
-                router = None if copies is None else PackedRouter(copies, name, self._dtype)
-                placed = Placed(form, self._first_gate[name] + (layer.output[name] or 0), router)
-                if isinstance(form, Bottleneck):
-                    groups.setdefault((layer.place.module, layer.place.source, form.reads), []).append(placed)
+                placed = self._place(layer, name, forms[layer, name])
+                if isinstance(placed.form, Bottleneck):
+                    key = (layer.place.module, layer.place.source, placed.form.reads)
+                    groups.setdefault(key, []).append(placed)
                 else:
                     others.append((layer.place.module, placed))
         self._hosts = [*groups]
@@ -183,6 +200,17 @@ class PackedBlock(nn.Module):
         place = _parameter_of(self._mixture[0]).device
         self.register_buffer("columns", torch.tensor(columns, device=place), persistent=False)
 
+    def _place(self, layer: ExpertLayer, adapter: str, form: Form) -> Placed:
+        """An expert's form, of which this process holds what it holds of the host, with what gates it."""
+        read = total = None
+        if self._processes is not None:
+            share = self._processes.share
+            form, read = shard(form, share(layer.place.module), share(layer.place.source))
+            total = None if read is None else self._processes.total
+        copies = layer.router_over_copies(adapter)
+        router = None if copies is None else PackedRouter(copies, adapter, self._dtype, read)
+        return Placed(form, self._first_gate[adapter] + (layer.output[adapter] or 0), router, total)
+
     def _share_reading(self) -> None:
         """Stack what reads one tensor: routers, and with those at attention the bottlenecks of q, k and v."""
         self._shared: dict[str, list[int]] = {"block": [], "attention": []}
@@ -190,8 +218,9 @@ class PackedBlock(nn.Module):
             read = self.routers["attention"][0].weight.shape[1]
             for index, (host, _, reads) in enumerate(self._hosts):
                 roles = {layer.role for layer in self._experts if layer.place.module is host}
-                width = self.bottlenecks[index].down.shape[1]
-                if reads is Reads.INPUT and roles <= {"q", "k", "v"} and width == read:
+                expert = self.bottlenecks[index]
+                alike = expert.down.shape[1] == read and expert.total is None
+                if reads is Reads.INPUT and roles <= {"q", "k", "v"} and alike:
                     self._shared["attention"].append(index)
         for stage, routers in self.routers.items():
             readers = [*((router.weight, router.bias) for router in routers)]  # type: ignore[union-attr]
@@ -254,7 +283,7 @@ class PackedBlock(nn.Module):
         expert, read = self.bottlenecks[index], self._now.read
         if read is not None and read[0] is x and index in read[1]:
             return read[1][index]
-        return F.linear(x.flatten(0, -2), expert.down, expert.down_bias)
+        return expert.read(x.flatten(0, -2))  # type: ignore[operator,no-any-return]
 
     def _after_host(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -390,28 +419,22 @@ def experts_of(mixture: Mixture) -> list[ExpertLayer]:
 
 
 def _forms(mixtures: Sequence[Mixture], adapters: Sequence[str], run: Callable[[], object]) -> Forms:
-    """Every expert's form, asked in a forward, right before the expert would act.
+    """Every expert's form, asked in a forward in the place of what the expert would add.
 
     Raises:
         ValueError: an expert's host never ran, so that the expert would be passed by.
     """
     forms: dict[tuple[ExpertLayer, str], Form] = {}
 
-    def observe(layer: ExpertLayer) -> Callable[..., None]:
-        def keep(adapter: str, x: Tensor, y: Tensor) -> None:
-            forms[layer, adapter] = layer.form(adapter)
+    def keep(layer: ExpertLayer, adapter: str) -> None:
+        forms[layer, adapter] = layer.form(adapter)
 
-        return keep
-
-    watched = [(mixture, layer, observe(layer)) for mixture in mixtures for layer in experts_of(mixture)]
-    for _, layer, observer in watched:
-        layer.observers.append(observer)
-    try:
+    asked = [(mixture, layer) for mixture in mixtures for layer in experts_of(mixture)]
+    with ExitStack() as stack:
+        for _, layer in asked:
+            stack.enter_context(layer.asked(functools.partial(keep, layer)))
         run()
-    finally:
-        for _, layer, observer in watched:
-            layer.observers.remove(observer)
-    for mixture, layer, _ in watched:
+    for mixture, layer in asked:
         for adapter in adapters:
             if adapter in layer.output and (layer, adapter) not in forms:
                 raise ValueError(

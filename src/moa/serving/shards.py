@@ -4,37 +4,47 @@ An engine gives every process some rows or columns of a projection, and some hea
 alike: a bottleneck writes the columns that its host puts out here; one whose host reads a part of its input here reads
 that part, and the narrow products of all processes are summed before anything else happens to them, so that what goes
 over the wire is as wide as the bottleneck and no wider. Routers, and experts beside or behind a whole module, read what
-every process has, and are whole everywhere.
+every process has, and are whole everywhere; a router over copies reads what its expert's host reads.
 
-These are the rules alone: `moa.serving.vllm` refuses tensor parallelism, since it packs from a forward of the whole.
+`moa.serving.packing` applies the rules; an engine says by `Processes` how it splits its modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa.adapters.experts.forms import Bottleneck, Form, Reads, Rescaling
 from moa.adapters.prompt_attention import Prompt
 
 
 class Share(NamedTuple):
-    """What one process holds of a host.
+    """What one process holds of a module.
 
     Attributes:
         inputs: numbers of the features that it reads here, (in_here,); None: all.
         outputs: numbers of the features that it puts out here, (out_here,); None: all.
-        heads: numbers of the query heads that it computes here; None: all.
-        kv_heads: likewise of the KV heads.
+        heads: of attention, numbers of the query heads that it computes here; None: all.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     heads: Tensor | None = None
-    kv_heads: Tensor | None = None
+
+
+class Processes(NamedTuple):
+    """An engine's processes, as one of them sees them.
+
+    Attributes:
+        share: what this one holds of a module.
+        total: the sum of all processes' tensors (n, width); it may be put into the tensor that was given.
+    """
+
+    share: Callable[[nn.Module], Share]
+    total: Callable[[Tensor], Tensor]
 
 
 class Shard(NamedTuple):
@@ -42,11 +52,12 @@ class Shard(NamedTuple):
 
     Attributes:
         form: what it computes.
-        summed: the product with ``down`` has to be summed over all processes, before its bias is added.
+        read: numbers of the features of its input that are here, (in_here,), of a router over its copies as well: what
+            a matrix makes of them has to be summed over all processes, before its bias is added. None: all of them.
     """
 
     form: Form
-    summed: bool
+    read: Tensor | None
 
 
 def part(size: int, rank: int, ranks: int) -> Tensor:
@@ -76,36 +87,28 @@ def beside(parts: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
     return torch.cat([own + start for own, start in zip(parts, before, strict=True)])
 
 
-def shard(form: Form, host: Share, source: Share | None = None) -> Shard:
+def shard(form: Form, host: Share, source: Share) -> Shard:
     """A form's share.
 
     Args:
-        form: of the whole.
+        form: of the whole, but for a prompt's keys and values, which the base's own projections have made of their
+            heads here.
         host: what its process holds of the host.
         source: likewise of the module whose input a bottleneck with ``Reads.SOURCE`` reads.
     """
     if isinstance(form, Rescaling):
         held = host.inputs if form.of_input else host.outputs
-        return Shard(form if held is None else form._replace(change=form.change[:, held]), False)
+        return Shard(form._replace(change=_of(form.change, held)), host.inputs)
     if isinstance(form, Prompt):
-        return Shard(
-            Prompt(_of(form.key, host.kv_heads), _of(form.value, host.kv_heads), _of(form.head_gate, host.heads)), False
-        )
+        return Shard(form._replace(head_gate=_of(form.head_gate, host.heads)), None)
     return _bottleneck(form, host, source)
 
 
-def _bottleneck(form: Bottleneck, host: Share, source: Share | None) -> Shard:
-    if form.reads is Reads.OUTPUT:
-        read = host.outputs
-    elif form.reads is Reads.INPUT:
-        read = host.inputs
-    else:
-        assert source is not None
-        read = source.inputs
-    down = form.down if read is None else form.down[:, read]
-    up = form.up if host.outputs is None else form.up[:, host.outputs]
-    return Shard(form._replace(down=down, up=up), read is not None)
+def _bottleneck(form: Bottleneck, host: Share, source: Share) -> Shard:
+    read = {Reads.INPUT: host.inputs, Reads.OUTPUT: host.outputs, Reads.SOURCE: source.inputs}[form.reads]
+    return Shard(form._replace(down=_of(form.down, read), up=_of(form.up, host.outputs)), read)
 
 
-def _of(tensor: Tensor, heads: Tensor | None) -> Tensor:
-    return tensor if heads is None else tensor[heads]
+def _of(tensor: Tensor, numbers: Tensor | None) -> Tensor:
+    """``tensor`` (..., features) -> those of its last dimension that have these numbers."""
+    return tensor if numbers is None else tensor[..., numbers]

@@ -106,12 +106,13 @@ class Slots:
     def use(self, asked: Iterable[Asked]) -> dict[int, int]:
         """The slot of every mixture that the next forward asks for, by number; those that have none take others'.
 
-        A request that came before new weights did goes on with them.
+        A request that came before new weights did goes on with them. In what order they are asked for does not matter:
+        processes that share a model must not differ in what is in a slot, and each is told in an order of its own.
 
         Raises:
             As `add`, for mixtures that the engine does not know yet.
         """
-        now = list(asked)
+        now = sorted(asked, key=lambda one: (one.lora_int_id, one.lora_path))
         for one in now:
             known = self._known.get(one.lora_int_id)
             if known is None or one.lora_name != known.name or one.lora_path not in known.folders:

@@ -32,6 +32,7 @@ from moa.serving.adapters import configuration, fingerprint
 from moa.serving.adapters import weights as adapter_weights
 from moa.serving.packing import Packed
 from moa.serving.releases import WORKER, check_release
+from moa.serving.vllm_parallel import processes, whole_sizes
 
 with extra("serve"):
     import vllm
@@ -80,7 +81,8 @@ class MoAForCausalLM(TransformersForCausalLM):
         for slot, config in zip(self._slots, configs, strict=True):
             config.inference_mode, config.init_weights = True, False
             config.architecture = _merged(config.architecture, self.packed_modules_mapping)
-            MoAModel(self.model, {slot: config}, slot)  # attaches; the wrapper itself is not needed
+            with whole_sizes(self.model):
+                MoAModel(self.model, {slot: config}, slot)  # attaches; the wrapper itself is not needed
         # In the dtype that they were trained in, whatever the base's. A slot without a mixture is all zeros.
         for name, parameter in self.model.named_parameters():
             if ".moa_" in name:
@@ -144,7 +146,7 @@ class MoAForCausalLM(TransformersForCausalLM):
         """Before the first forward and after new weights: vLLM has finished with the base's weights only now."""
         self._is_current = True
         if self._packed is None:
-            self._packed = Packed(self.model, self._slots, self._ask, self.mask)
+            self._packed = Packed(self.model, self._slots, self._ask, self.mask, processes())
         else:
             self._packed.refresh()
 
@@ -176,12 +178,13 @@ AttentionInterface.register(NO_ATTENTION, _attend_to_nothing)
 def refuse_engine(vllm_config: Any, mixtures: int) -> None:
     """Raise ValueError for settings of the engine that so many mixtures do not go with."""
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+    for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
         size = getattr(parallel, name)
         if size > 1:
             raise ValueError(
-                f"{name}={size}: a mixture is served by one process per copy of the model. Use {name}=1; "
-                "data_parallel_size serves more requests at a time"
+                f"{name}={size}: processes share a mixture by tensor parallelism alone. Use {name}=1; "
+                "tensor_parallel_size splits a model that is too large for one device, data_parallel_size serves more "
+                "requests at a time"
             )
     if vllm_config.speculative_config is not None:
         raise ValueError("--speculative-config does not go with a mixture: leave it out")

@@ -15,7 +15,8 @@ its `factors`, and gets `update` and the fast ways of computing it for nothing. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
@@ -143,6 +144,8 @@ class ExpertLayer(Attached):
 
     config: ClassVar[type[ExpertConfig]]
     other_param_names: ClassVar[tuple[str, ...]] = ("output",)
+    adding: ClassVar[str] = "apply_to"
+    """The method by which this kind adds to ``y``: of the forward, an adapter and whatever it needs, ``y`` last."""
     role: str = ""
 
     def __init__(self, site: str, host: Host, context: BlockContext):
@@ -187,6 +190,22 @@ class ExpertLayer(Attached):
             f"the {self.config.kind} expert does not say its form, so no engine can serve it: give its layer, "
             f"{type(self).__name__}, a method form()"
         )
+
+    @contextmanager
+    def asked(self, answer: Callable[[str], object]) -> Iterator[None]:
+        """Inside, forwards call ``answer`` with each adapter where the expert would add its update, and nothing is
+        added: what the host reads and puts out need not be as wide as the expert thinks.
+        """
+
+        def instead(now: Forward, adapter: str, *tensors: Any) -> Tensor:
+            answer(adapter)
+            return tensors[-1]  # type: ignore[no-any-return]
+
+        setattr(self, self.adding, instead)
+        try:
+            yield
+        finally:
+            delattr(self, self.adding)
 
     def hook(self) -> None:
         """Take part in the host's forward; here by adding to its output."""

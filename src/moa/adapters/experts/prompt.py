@@ -88,6 +88,7 @@ class PromptLayer(ExpertLayer):
 
     config = PromptExpert
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("moa_prompt",)
+    adding: ClassVar[str] = "_attend"
     moa_prompt: nn.ModuleDict
 
     def hook(self) -> None:
