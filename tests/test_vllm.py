@@ -175,7 +175,7 @@ def tiny_case(family: str, folder: Path) -> Case:
     stage = ("attention", "block")[list(FAMILIES).index(family) % 2]
     config = every_kind(family in STACKED, router=moa.Router(input=stage))
     perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)).save_pretrained(adapter)
-    prompts = random_prompts(97, 6)
+    prompts = random_prompts(97, 64)
     return Case(base, adapter, prompts, answers_of(base, adapter, prompts))
 
 
