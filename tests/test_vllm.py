@@ -41,6 +41,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("default"), pytest.m
 
 NEW = 12
 CLOSE = 5e-4  # in log-probabilities: what float32 itself is off by on a pretrained base
+CLOSE_AT_RANDOM = 2e-3  # random weights magnify roundings; the worst of 64 answers was off by 4.8e-4
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -327,7 +328,7 @@ def test_families(cases, family):
     """A batch of mixed lengths; every kind of expert and copies, the router before the block or before attention."""
     case = cases[family]
     with engine(case.base, {"tiny": case.adapter}, max_model_len=128) as llm:
-        check(ask(llm, case.prompts), case.answers)
+        check(ask(llm, case.prompts), case.answers, CLOSE_AT_RANDOM)
 
 
 @pytest.mark.parametrize("name", with_case("soft", "sparse"))
@@ -363,7 +364,7 @@ def test_two_processes_share_a_model(cases, name, settings):
     with engine(case.base, {name: case.adapter}, **settings) as llm:
         compiled = bool(llm.llm_engine.vllm_config.compilation_config.mode)
         assert compiled is not settings.get("enforce_eager", True)
-        check(ask(llm, case.prompts[:16]), case.answers[:16])
+        check(ask(llm, case.prompts[:16]), case.answers[:16], CLOSE_AT_RANDOM)
 
 
 WAYS = [
