@@ -92,6 +92,17 @@ def test_a_study_survives_being_written_and_read(tree):
     assert study.methods["lora"].preset == "lora"
 
 
+@pytest.mark.parametrize(("budget", "written"), [(8000.0, "8000"), (8000, "8000"), (0.5, "0.5")])
+def test_a_methods_own_budgets_are_written_as_the_studys(tree, budget, written):
+    methods = {"dense": {"spans": "dense", "budgets": [budget]}}
+    study = Study.from_tree(tree | {"budgets": [budget], "methods": methods, "claims": []})
+    for one in (study, Study.from_tree(json.loads(json.dumps(study.to_dict())))):
+        assert [cell.name for cell in grid.tests(one, ["dense"], {("dense", budget): 0.0})] == [
+            f"test-dense-{written}-s0",
+            f"test-dense-{written}-s1",
+        ]
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.yaml")))
 def test_committed_studies_are_valid(name):
     study = Study.load(BENCHMARKS / f"{name}.yaml")
