@@ -13,21 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import warm
 import yaml
 from safetensors import safe_open
 
 from moa.files import LOCK
 
-# What a warm process has loaded before it forks, so that a kill costs no import.
-WARM = [
-    *("moa.library", "moa.cli", "moa.training.sft", "moa.report.spans", "moa.spans.evidence.calibration"),
-    *("moa.spans.evidence.influence", "moa.spans.search.plans", "moa.studies.conduct", "moa.studies.report"),
-    *("transformers.models.llama.modeling_llama", "scipy.optimize"),
-    *("moa.cli.train", "moa.cli.bench", "moa.cli.spans"),
-]
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir"}
 TIMES = {"seconds", "cpu_seconds", "step_seconds", "peak_memory_mib", "versions", "finished"}  # of a study's results
 
@@ -73,6 +68,7 @@ class Command:
         result: what of its folder must be the same.
         again: what is added to the command line when it has begun before.
         before: what its folder holds at the start.
+        seconds, events: of the last run, how long it took and how often it touched the file system.
     """
 
     arguments: list[str]
@@ -88,8 +84,38 @@ class Command:
         if self.before:
             shutil.copytree(self.before, self.folder)
 
+    @cached_property
+    def unbroken(self) -> Unbroken:
+        """A run without a fault, made once for all tests; the folder is left as it was at the start."""
+        self.reset()
+        finish(self)
+        found = Unbroken(self.result(self.folder), self.seconds, self.events, sizes_of(self.folder))
+        self.reset()
+        return found
 
-def work(arguments: list[str], log: Path, kill_at: int | None, largest: int | None, count: Any) -> None:
+
+class Unbroken(NamedTuple):
+    """What a run is like that nothing happens to.
+
+    Attributes:
+        result: of its folder.
+        seconds: that it took.
+        events: touches of the file system.
+        sizes: bytes of the files that it leaves.
+    """
+
+    result: Any
+    seconds: float
+    events: int
+    sizes: list[int]
+
+
+def sizes_of(folder: Path) -> list[int]:
+    """Bytes of every file."""
+    return [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+
+
+def work(arguments: list[str], kill_at: int | None, largest: int | None, count: Any) -> None:
     """Run a command line in this process; it kills itself at a given touch of the file system."""
     real = multiprocessing.get_context
     multiprocessing.get_context = lambda kind=None: real("fork")  # a study's cells are as warm as this process
@@ -104,13 +130,9 @@ def work(arguments: list[str], log: Path, kill_at: int | None, largest: int | No
     from moa.cli import app
 
     sys.addaudithook(touch)
-    with log.open("w", buffering=1) as out:
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        sys.stdout = sys.stderr = out
-        app(arguments, prog_name="moa")
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    app(arguments, prog_name="moa")
 
 
 def run(
@@ -124,14 +146,11 @@ def run(
         at: it is killed at so many touches of the file system.
         largest: no file may grow beyond so many bytes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM)
-    count = context.Value("L", 0, lock=False)
+    count = warm.context().Value("L", 0, lock=False)
     arguments = [*command.arguments, *command.again(command.folder)]
     log = command.folder.with_name(f"{command.folder.name}.log")
     log.unlink(missing_ok=True)
-    process = context.Process(target=work, args=(arguments, log, at, largest, count))
-    process.start()
+    process = warm.started(work, arguments, at, largest, count, log=log)
     began = time.monotonic()
     process.join(after)
     if process.is_alive():

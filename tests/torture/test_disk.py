@@ -12,23 +12,15 @@ from pathlib import Path
 
 import pytest
 from amount import SHARE, amount
-from commands import Command, check_whole, finish, run
+from commands import Command, check_whole, finish, run, sizes_of
 from typer.testing import CliRunner
 
 from moa.cli import app
 from moa.files import alone
 
-pytestmark = pytest.mark.torture
+pytestmark = [pytest.mark.torture, pytest.mark.xdist_group("commands")]  # prepared once, in one process
 LONG = pytest.mark.skipif(SHARE == 0, reason="the long form alone: a study takes longest")
 NAMES = ["train", pytest.param("bench", marks=LONG), "profile", "search"]
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def largest_of(folder: Path) -> int:
-    return max(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def told(code: int, said: str) -> None:
@@ -41,16 +33,14 @@ def told(code: int, said: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_cannot_grow(name: str, commands: dict[str, Command]):
     """A limit of the process, as of a quota: every user can set one."""
-    command = commands[name]
-    command.reset()
-    finish(command)
-    wanted, most, rng = command.result(command.folder), largest_of(command.folder), random.Random(name)
+    command, rng = commands[name], random.Random(name)
+    whole = command.unbroken
     for _ in range(amount(short=1, long=15)):
         command.reset()
-        told(*run(command, largest=int(most * rng.random())))
+        told(*run(command, largest=int(max(whole.sizes) * rng.random())))
         check_whole(command.folder)
         finish(command)
-        assert command.result(command.folder) == wanted
+        assert command.result(command.folder) == whole.result
 
 
 @contextmanager
@@ -68,17 +58,15 @@ def disk(folder: Path, size: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]):
     """Of every size up to what the run needs; then there is room, and the same command goes on."""
-    command, full = commands[name], 0
-    command.reset()
-    finish(command)
-    wanted, most, rng = command.result(command.folder), 2 * size_of(command.folder), random.Random(name)
-    shutil.rmtree(command.folder)
+    command, full, rng = commands[name], 0, random.Random(name)
+    whole = command.unbroken
+    shutil.rmtree(command.folder, ignore_errors=True)
     for _ in range(turns := amount(short=1, long=25)):
-        with disk(command.folder, size_of(command.before) + 65536 if command.before else 65536):
+        with disk(command.folder, sum(sizes_of(command.before)) + 65536 if command.before else 65536):
             if command.before:
                 shutil.copytree(command.before, command.folder, dirs_exist_ok=True)
             used = shutil.disk_usage(command.folder).used  # in whole pages
-            room = used + int(most * rng.random()) + 4096
+            room = used + int(2 * sum(whole.sizes) * rng.random()) + 4096
             subprocess.run(["mount", "-o", f"remount,size={room}", command.folder], check=True)
             code, said = run(command)
             told(code, said)
@@ -86,7 +74,7 @@ def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.Ca
             check_whole(command.folder)
             subprocess.run(["mount", "-o", "remount,size=1g", command.folder], check=True)
             finish(command)
-            assert command.result(command.folder) == wanted
+            assert command.result(command.folder) == whole.result
     with capsys.disabled():
         print(f"\nmoa {name}: {full} of {turns} disks were too small, and every run went on when there was room")
 
