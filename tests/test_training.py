@@ -261,6 +261,15 @@ def test_checkpoints_that_were_deleted_are_not_trained_again(unbroken, recipe):
     assert_same_weights(Path(recipe.output), unbroken)
 
 
+def test_a_run_that_was_killed_before_it_deleted_old_checkpoints_does_so_later(unbroken, recipe):
+    output = Path(recipe.output)
+    shutil.copytree(unbroken, output)
+    shutil.copytree(output / "checkpoint-6", output / "checkpoint-4")
+    sft.train(recipe, resume=True)
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-6", "checkpoint-7"]
+    assert_same_weights(output, unbroken)
+
+
 def test_resuming_a_finished_run_changes_nothing(unbroken, recipe):
     shutil.copytree(unbroken, recipe.output)
     sft.train(recipe, resume=True)

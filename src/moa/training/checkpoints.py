@@ -62,6 +62,11 @@ def publish(folder: Path, name: str, *, keep: int) -> None:
         shutil.rmtree(final)
     (folder / WRITING / name).rename(final)
     (folder / WRITING).rmdir()
+    delete_old(folder, keep)
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the last ``keep``."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
