@@ -9,12 +9,15 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import warm
@@ -88,8 +91,9 @@ class Command:
     def unbroken(self) -> Unbroken:
         """A run without a fault, made once for all tests; the folder is left as it was at the start."""
         self.reset()
-        finish(self)
-        found = Unbroken(self.result(self.folder), self.seconds, self.events, sizes_of(self.folder))
+        with watched(self.folder) as most:
+            finish(self)
+        found = Unbroken(self.result(self.folder), self.seconds, self.events, *most)
         self.reset()
         return found
 
@@ -101,18 +105,50 @@ class Unbroken(NamedTuple):
         result: of its folder.
         seconds: that it took.
         events: touches of the file system.
-        sizes: bytes of the files that it leaves.
+        bytes: the most that its folder holds at any time, in whole blocks.
+        largest: bytes of the largest file at any time.
     """
 
     result: Any
     seconds: float
     events: int
-    sizes: list[int]
+    bytes: int
+    largest: int
 
 
-def sizes_of(folder: Path) -> list[int]:
-    """Bytes of every file."""
-    return [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+def in_blocks(files: list[os.stat_result]) -> int:
+    """Bytes that files take on a disk."""
+    return sum(one.st_blocks * 512 for one in files)
+
+
+def files_in(folder: Path) -> list[os.stat_result]:
+    """What there is to say of every file; they may come and go meanwhile."""
+    found = []
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found.append(file.stat())
+    return [one for one in found if stat.S_ISREG(one.st_mode)]
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """Yields the most bytes that the folder holds in all and in one file, known at the end."""
+    most, done = [0, 0], Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            with suppress(FileNotFoundError):  # of a folder that goes while it is listed
+                found = files_in(folder)
+                most[0] = max(most[0], in_blocks(found))
+                most[1] = max([most[1], *(one.st_size for one in found)])
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
 
 
 def work(arguments: list[str], kill_at: int | None, largest: int | None, count: Any) -> None:
