@@ -55,7 +55,7 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | Non
 def clear_output(folder: Path, checkpoint: Path | None, keep: int) -> None:
     """Make the folder, without what an earlier run left after ``checkpoint``; whatever else lies in it stays.
 
-    Of the checkpoints up to there ``keep`` stay: a run that was killed when it had saved one had not deleted the others.
+    Of the checkpoints up to there ``keep`` stay: a run that was killed just after it saved one deleted no other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
