@@ -37,7 +37,7 @@ def test_files_that_cannot_grow(name: str, commands: dict[str, Command], capsys:
     whole = command.unbroken
     for _ in range(turns := amount(short=1, long=15)):
         command.reset()
-        code, said = run(command, largest=int(1.25 * whole.largest * rng.random()))
+        code, said = run(command, largest=int(1.5 * whole.largest * rng.random()))
         told(code, said)
         full += code != 0
         check_whole(command.folder)
@@ -80,14 +80,14 @@ def grown(folder: Path, size: int | str) -> None:
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or SHARE == 0, reason="mounts: long form")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]):
-    """Of every size up to a little more than the run needs; then there is room, and the same command goes on."""
+    """Of up to half as much again as an unbroken run was seen to hold; then there is room, and the command goes on."""
     command, full, rng = commands[name], 0, random.Random(name)
     whole = command.unbroken
     shutil.rmtree(command.folder, ignore_errors=True)
     most = whole.bytes - before(command)
     for _ in range(turns := amount(short=1, long=25)):
         with prepared_disk(command) as used:
-            grown(command.folder, used + 4096 + int(1.25 * most * rng.random()))
+            grown(command.folder, used + 4096 + int(1.5 * most * rng.random()))
             code, said = run(command)
             told(code, said)
             full += code != 0
