@@ -24,7 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import moa
 from moa.adapters.experts import EXPERTS, ExpertConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one pair of processes for all
+pytestmark = pytest.mark.slow
 
 KINDS = ["ddp", "fsdp2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

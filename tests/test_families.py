@@ -22,9 +22,10 @@ SLOW = ("kimi_linear",)
 
 
 def known(names: Any) -> list[Any]:
-    """The families of this release of transformers, each for one process: there its model is built once."""
-    marks = {name: [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (name in SLOW) for name in names}
-    return [pytest.param(name, marks=marks[name]) for name in names if name in CONFIG_MAPPING]
+    """The families of this release of transformers."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names if name in CONFIG_MAPPING
+    ]
 
 
 @pytest.fixture(params=known(DECODERS), scope="module")

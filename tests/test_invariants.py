@@ -118,10 +118,7 @@ ROWS = [Row("llama", name, config) for name, config in EVERY_MIXTURE.items()]
 ROWS += [row for family in FAMILIES if family != "llama" for row in family_rows(family)]
 
 
-# A family's rows for one process: there its module is loaded once, and every model is built once.
-@pytest.fixture(
-    params=[pytest.param(row, id=row.id, marks=pytest.mark.xdist_group(row.family)) for row in ROWS], scope="module"
-)
+@pytest.fixture(params=ROWS, ids=lambda row: row.id, scope="module")
 def row(request: pytest.FixtureRequest) -> Row:
     return request.param
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moa.cli import app
 from moa.files import alone
 
-pytestmark = [pytest.mark.torture, pytest.mark.xdist_group("commands")]  # prepared once, in one process
+pytestmark = pytest.mark.torture
 LONG = pytest.mark.skipif(SHARE == 0, reason="the long form alone: a study takes longest")
 NAMES = ["train", pytest.param("bench", marks=LONG), "profile", "search"]
 

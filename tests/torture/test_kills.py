@@ -12,7 +12,7 @@ import pytest
 from amount import SHARE, amount
 from commands import Command, check_whole, finish, run
 
-pytestmark = [pytest.mark.torture, pytest.mark.xdist_group("commands")]  # prepared once, in one process
+pytestmark = pytest.mark.torture
 
 
 @pytest.mark.parametrize("name", ["train", "bench", "profile", "search"])
