@@ -52,8 +52,11 @@ browser:  ## install headless Chromium, in which the tests look at every page, w
 		|| { command -v apt-get >/dev/null || { echo "there is no apt-get here: install Chromium and chromedriver by hand" >&2; exit 1; }; \
 		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
+# A file's tests run in one process, where what they share is made once; conftest.py puts files with long tests first.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 pytest: $(VENV)/.installed  ## the tests alone, the slow ones included unless MARK says otherwise
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(if $(MARK),-m '$(MARK)')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(if $(MARK),-m '$(MARK)')
 
 torture: $(VENV)/.installed  ## kills, damaged files, full disks and threads, the long form; SHARE=0.1 for a tenth of it
 	MOA_TORTURE=$(SHARE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 --timeout 0 tests/torture
@@ -128,7 +131,7 @@ test-oldest: $(OLDEST)/.installed  ## the PEFT tests on the oldest supported ver
 		$(addprefix --deselect tests/test_peft.py::,$(NOT_ON_OLDEST))
 
 test-newest: $(NEWEST)/.installed  ## all tests on a transformers that PEFT has not caught up with, in .venv-newest
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(if $(MARK),-m '$(MARK)')
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PARALLEL) $(if $(MARK),-m '$(MARK)')
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NEWEST)

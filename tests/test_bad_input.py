@@ -239,6 +239,7 @@ def run_of_four(tiny_base, tiny_rows, tmp_path) -> Recipe:
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/3"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 100224 vs 100112"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_a_full_disk_keeps_the_checkpoint_before(run_of_four, monkeypatch, error):

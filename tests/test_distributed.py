@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import warm
 from families import build_family
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import moa
 from moa.adapters.experts import EXPERTS, ExpertConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one pair of processes for all
+pytestmark = pytest.mark.slow
 
 KINDS = ["ddp", "fsdp2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -254,7 +255,8 @@ def folder(tmp_path_factory):
 def results(folder):
     """All variants in one pair of processes: starting them takes longer than running them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    warm.context()
+    mp.start_processes(work, (str(folder),), nprocs=2, start_method="forkserver")
     return torch.load(folder / "results.pt")
 
 

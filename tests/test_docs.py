@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +229,7 @@ def test_a_notebook_runs(name, world, monkeypatch, tmp_path):
     flags = [word.replace("BASE", str(base)) for word in SHORT["spans"].split()]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(spans_recipe(flags)))
+    monkeypatch.setattr("subprocess.run", run_here)
     place = {"__name__": "notebook"}
     cells = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -243,6 +245,13 @@ def test_a_notebook_runs(name, world, monkeypatch, tmp_path):
         assert isinstance(found.answer, str)
     else:
         assert found.searched_bytes < found.dense_bytes
+
+
+def run_here(command: list[str], *, check: bool) -> None:
+    """What a notebook starts as a process, through the command itself: no four times the imports."""
+    assert (command[:3], check) == ([sys.executable, "-m", "moa"], True)
+    result = CliRunner().invoke(app, command[3:])
+    assert result.exit_code == 0, (command, result.output)
 
 
 def spans_recipe(arguments: list[str]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from huggingface_hub import HfApi, ModelCard
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -248,23 +248,26 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(package: Pac
     assert (Path(find("tiny").place) / "README.md").is_file()
 
 
+def load_packaged(package: Packaged, site: Path, cache: Path) -> None:
+    """In a process of its own, which knows nothing of the tests' one."""
+    NAMED["tiny"] = package
+    sys.path.insert(0, str(site))
+    os.environ["MOA_CACHE"] = str(cache)
+    print(models.load("tiny")[0].num_parameters())
+
+
 @pytest.mark.slow
 def test_two_processes_convert_it_together(package: Packaged, tmp_path: Path):
-    code = (
-        "from moa.models import *; import sys\n"
-        f"NAMED['tiny'] = Packaged({', '.join(map(repr, vars(package).values()))})\n"
-        "print(load('tiny')[0].num_parameters())"
-    )
-    path = os.pathsep.join([str(tmp_path / "site"), *(entry for entry in sys.path if entry)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert sum("preparing" in errors for _, errors in outputs) == 1
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    both = [warm.started(load_packaged, package, tmp_path / "site", tmp_path / "cache", log=log) for log in logs]
+    for process in both:
+        process.join()
+    outputs = [log.read_text() for log in logs]
+    assert [process.exitcode for process in both] == [0, 0], outputs
+    counts = [[line for line in output.splitlines() if line.isdigit()] for output in outputs]
+    assert len(counts[0]) == 1
+    assert counts[0] == counts[1]
+    assert sum("preparing" in output for output in outputs) == 1
 
 
 def test_the_message_says_the_three_ways(package: Packaged, tmp_path: Path):

@@ -92,6 +92,17 @@ def test_a_study_survives_being_written_and_read(tree):
     assert study.methods["lora"].preset == "lora"
 
 
+@pytest.mark.parametrize(("budget", "written"), [(8000.0, "8000"), (8000, "8000"), (0.5, "0.5")])
+def test_a_methods_own_budgets_are_written_as_the_studys(tree, budget, written):
+    methods = {"dense": {"spans": "dense", "budgets": [budget]}}
+    study = Study.from_tree(tree | {"budgets": [budget], "methods": methods, "claims": []})
+    for one in (study, Study.from_tree(json.loads(json.dumps(study.to_dict())))):
+        assert [cell.name for cell in grid.tests(one, ["dense"], {("dense", budget): 0.0})] == [
+            f"test-dense-{written}-s0",
+            f"test-dense-{written}-s1",
+        ]
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.yaml")))
 def test_committed_studies_are_valid(name):
     study = Study.load(BENCHMARKS / f"{name}.yaml")
@@ -590,10 +601,6 @@ def test_help_suffices_and_mistakes_are_named(tree, tmp_path):
     assert "did you mean 'soft-moa'" in wrong.output
 
 
-def bench(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "moa_command", "bench", *arguments]
-
-
 def wait_for(condition: Any, seconds: float = 240) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -609,7 +616,8 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tree, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(tree))
     cells = Path(tree["output"]) / "cells"
-    process = subprocess.Popen(bench(str(file)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "moa_command", "bench", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(cells.glob("*.json"))) >= 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
@@ -617,20 +625,15 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tree, tmp_path):
     wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 30)
     before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     assert 1 <= len(before) < 4
-    done = subprocess.run(bench(str(file)), capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["bench", str(file)])
+    assert done.exit_code == 0, done.output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(cells.glob("*.json"))) == 4
     assert (Path(tree["output"]) / "index.html").is_file()
     first = json.loads((Path(tree["output"]) / "results.json").read_text())
     # Without an interruption, with two workers, elsewhere.
-    done = subprocess.run(
-        bench(str(file), "--workers", "2", "--output", str(tmp_path / "again")),
-        capture_output=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["bench", str(file), "--workers", "2", "--output", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
     second = json.loads((tmp_path / "again" / "results.json").read_text())
     assert first["claims"] == second["claims"]
     for ours, theirs in zip(first["rows"], second["rows"], strict=True):

@@ -21,7 +21,7 @@ from moa.studies.study import Study
 
 @pytest.fixture
 def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
-    """Four cells of a few seconds, as plain data."""
+    """Three cells of a few seconds, as plain data."""
     for name, numbers in (("train", range(40)), ("asked", range(40, 52))):
         rows = [{"instruction": f"{n} + 1 = ?", "output": f"It is {n + 1}.", "answer": str(n + 1)} for n in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -29,7 +29,7 @@ def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
         "output": str(tmp_path / "out"),
         "base": str(tiny_base),
         "budgets": [8000],
-        "seeds": [0, 1, 2, 3],
+        "seeds": [0, 1, 2],
         "steps": 40,
         "batch_size": 4,
         "metrics": ["answer_loss"],
@@ -92,7 +92,7 @@ def test_a_killed_worker_costs_its_own_cell(tree, tmp_path):
     assert "ended with exit code -9" in failure.message
     assert failure.log.name == "test-lora-8000-s0.log"
     kept = sets_of(planned)
-    assert sorted(kept) == [f"test-lora-8000-s{seed}" for seed in (1, 2, 3)]
+    assert sorted(kept) == [f"test-lora-8000-s{seed}" for seed in (1, 2)]
     assert conduct(planned, engine=Engine(), progress=lambda state: None) == []
     unbroken = plan(Study.from_tree(tree | {"output": str(tmp_path / "again")}))
     assert conduct(unbroken, engine=Engine(), progress=lambda state: None) == []
@@ -132,5 +132,5 @@ def test_a_lost_machine_costs_its_cells_another_start(tree, tmp_path, monkeypatc
         cluster.shutdown()
     here = plan(Study.from_tree(tree | {"output": str(tmp_path / "here")}))
     assert conduct(here, engine=Engine(), progress=lambda state: None) == []
-    assert len(sets_of(here)) == 4
+    assert len(sets_of(here)) == 3
     assert sets_of(planned) == sets_of(here)

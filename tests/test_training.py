@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -190,37 +189,35 @@ def test_vectors_and_biases_have_no_weight_decay(recipe, monkeypatch):
     assert not any("head_gate" in name or "bias" in name for name in decayed)
 
 
-CHILD = """
-import os, signal, sys, torch
-from moa.training.recipe import FILE_NAME, Recipe
-from moa.training.sft import train
-from moa.training.trainer import Trainer
+def train_and_die(moment: str, recipe: Path) -> None:
+    """In a process of its own, which it kills."""
+    if moment == "in a step":
+        step = Trainer.training_step
+        Trainer.training_step = lambda self, *a, **k: die() if self.state.global_step == 5 else step(self, *a, **k)
+    else:
+        write = torch.save
 
-def die():
+        def cut(value, path, *a, **k):
+            write(value, path, *a, **k)
+            if "checkpoint-4" in str(path):
+                os.truncate(path, 10)
+                die()
+
+        torch.save = cut
+    sft.train(Recipe.load(recipe))
+
+
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-if sys.argv[1] == "in a step":
-    step = Trainer.training_step
-    Trainer.training_step = lambda self, *a, **k: die() if self.state.global_step == 5 else step(self, *a, **k)
-else:
-    save = torch.save
-    def cut(value, path, *a, **k):
-        save(value, path, *a, **k)
-        if "checkpoint-4" in str(path):
-            with open(path, "r+b") as file:
-                file.truncate(10)
-            die()
-    torch.save = cut
-train(Recipe.load(sys.argv[2]))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "left"), [("in a step", 4), ("in a checkpoint", 2)])
 def test_a_killed_run_resumes_to_the_same_weights(moment, left, unbroken, recipe, tmp_path):
     save(recipe, tmp_path / FILE_NAME)
-    killed = subprocess.run([sys.executable, "-c", CHILD, moment, str(tmp_path / "recipe.yaml")], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    process = warm.started(train_and_die, moment, tmp_path / FILE_NAME, log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     output = Path(recipe.output)
     assert not (output / WEIGHTS).exists()
     assert last_complete(output) == output / f"checkpoint-{left}"
@@ -262,6 +259,15 @@ def test_checkpoints_that_were_deleted_are_not_trained_again(unbroken, recipe):
     with pytest.raises(ValueError, match="finished and its checkpoints are gone"):
         sft.train(recipe, resume=True)
     assert_same_weights(Path(recipe.output), unbroken)
+
+
+def test_a_run_that_was_killed_before_it_deleted_old_checkpoints_does_so_later(unbroken, recipe):
+    output = Path(recipe.output)
+    shutil.copytree(unbroken, output)
+    shutil.copytree(output / "checkpoint-6", output / "checkpoint-4")
+    sft.train(recipe, resume=True)
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-6", "checkpoint-7"]
+    assert_same_weights(output, unbroken)
 
 
 def test_resuming_a_finished_run_changes_nothing(unbroken, recipe):

@@ -9,25 +9,23 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
+import warm
 import yaml
 from safetensors import safe_open
 
 from moa.files import LOCK
 
-# What a warm process has loaded before it forks, so that a kill costs no import.
-WARM = [
-    *("moa.library", "moa.cli", "moa.training.sft", "moa.report.spans", "moa.spans.evidence.calibration"),
-    *("moa.spans.evidence.influence", "moa.spans.search.plans", "moa.studies.conduct", "moa.studies.report"),
-    *("transformers.models.llama.modeling_llama", "scipy.optimize"),
-    *("moa.cli.train", "moa.cli.bench", "moa.cli.spans"),
-]
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.listdir"}
 TIMES = {"seconds", "cpu_seconds", "step_seconds", "peak_memory_mib", "versions", "finished"}  # of a study's results
 
@@ -73,6 +71,7 @@ class Command:
         result: what of its folder must be the same.
         again: what is added to the command line when it has begun before.
         before: what its folder holds at the start.
+        seconds, events: of the last run, how long it took and how often it touched the file system.
     """
 
     arguments: list[str]
@@ -88,8 +87,71 @@ class Command:
         if self.before:
             shutil.copytree(self.before, self.folder)
 
+    @cached_property
+    def unbroken(self) -> Unbroken:
+        """A run without a fault, made once for all tests; the folder is left as it was at the start."""
+        self.reset()
+        with watched(self.folder) as most:
+            finish(self)
+        found = Unbroken(self.result(self.folder), self.seconds, self.events, *most)
+        self.reset()
+        return found
 
-def work(arguments: list[str], log: Path, kill_at: int | None, largest: int | None, count: Any) -> None:
+
+class Unbroken(NamedTuple):
+    """What a run is like that nothing happens to.
+
+    Attributes:
+        result: of its folder.
+        seconds: that it took.
+        events: touches of the file system.
+        bytes: the most that its folder holds at any time, in whole blocks.
+        largest: bytes of the largest file at any time.
+    """
+
+    result: Any
+    seconds: float
+    events: int
+    bytes: int
+    largest: int
+
+
+def in_blocks(files: list[os.stat_result]) -> int:
+    """Bytes that files take on a disk."""
+    return sum(one.st_blocks * 512 for one in files)
+
+
+def files_in(folder: Path) -> list[os.stat_result]:
+    """What there is to say of every file; they may come and go meanwhile."""
+    found = []
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found.append(file.stat())
+    return [one for one in found if stat.S_ISREG(one.st_mode)]
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """Yields the most bytes that the folder holds in all and in one file, known at the end."""
+    most, done = [0, 0], Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            with suppress(FileNotFoundError):  # of a folder that goes while it is listed
+                found = files_in(folder)
+                most[0] = max(most[0], in_blocks(found))
+                most[1] = max([most[1], *(one.st_size for one in found)])
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
+
+
+def work(arguments: list[str], kill_at: int | None, largest: int | None, count: Any) -> None:
     """Run a command line in this process; it kills itself at a given touch of the file system."""
     real = multiprocessing.get_context
     multiprocessing.get_context = lambda kind=None: real("fork")  # a study's cells are as warm as this process
@@ -104,13 +166,9 @@ def work(arguments: list[str], log: Path, kill_at: int | None, largest: int | No
     from moa.cli import app
 
     sys.addaudithook(touch)
-    with log.open("w", buffering=1) as out:
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        sys.stdout = sys.stderr = out
-        app(arguments, prog_name="moa")
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    app(arguments, prog_name="moa")
 
 
 def run(
@@ -124,14 +182,11 @@ def run(
         at: it is killed at so many touches of the file system.
         largest: no file may grow beyond so many bytes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM)
-    count = context.Value("L", 0, lock=False)
+    count = warm.context().Value("L", 0, lock=False)
     arguments = [*command.arguments, *command.again(command.folder)]
     log = command.folder.with_name(f"{command.folder.name}.log")
     log.unlink(missing_ok=True)
-    process = context.Process(target=work, args=(arguments, log, at, largest, count))
-    process.start()
+    process = warm.started(work, arguments, at, largest, count, log=log)
     began = time.monotonic()
     process.join(after)
     if process.is_alive():

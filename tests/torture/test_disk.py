@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from amount import SHARE, amount
-from commands import Command, check_whole, finish, run
+from commands import Command, check_whole, files_in, finish, in_blocks, run
 from typer.testing import CliRunner
 
 from moa.cli import app
@@ -23,14 +23,6 @@ LONG = pytest.mark.skipif(SHARE == 0, reason="the long form alone: a study takes
 NAMES = ["train", pytest.param("bench", marks=LONG), "profile", "search"]
 
 
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def largest_of(folder: Path) -> int:
-    return max(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def told(code: int, said: str) -> None:
     """The command ended with words for the user, or with success."""
     assert code in (0, 1, 2), said[-2000:]
@@ -39,18 +31,20 @@ def told(code: int, said: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_cannot_grow(name: str, commands: dict[str, Command]):
+def test_files_that_cannot_grow(name: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]):
     """A limit of the process, as of a quota: every user can set one."""
-    command = commands[name]
-    command.reset()
-    finish(command)
-    wanted, most, rng = command.result(command.folder), largest_of(command.folder), random.Random(name)
-    for _ in range(amount(short=1, long=15)):
+    command, full, rng = commands[name], 0, random.Random(name)
+    whole = command.unbroken
+    for _ in range(turns := amount(short=1, long=15)):
         command.reset()
-        told(*run(command, largest=int(most * rng.random())))
+        code, said = run(command, largest=int(1.5 * whole.largest * rng.random()))
+        told(code, said)
+        full += code != 0
         check_whole(command.folder)
         finish(command)
-        assert command.result(command.folder) == wanted
+        assert command.result(command.folder) == whole.result
+    with capsys.disabled():
+        print(f"\nmoa {name}: {full} of {turns} limits were too small, and every run went on without one")
 
 
 @contextmanager
@@ -64,29 +58,43 @@ def disk(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
+def before(command: Command) -> int:
+    """Bytes that the command starts from."""
+    return in_blocks(files_in(command.before)) if command.before else 0
+
+
+@contextmanager
+def prepared_disk(command: Command) -> Iterator[int]:
+    """A disk with what the command starts from, in its folder; yields the bytes that are in use."""
+    with disk(command.folder, before(command) + 65536):
+        if command.before:
+            shutil.copytree(command.before, command.folder, dirs_exist_ok=True)
+        yield shutil.disk_usage(command.folder).used  # in whole pages
+
+
+def grown(folder: Path, size: int | str) -> None:
+    """The disk has another size from here on."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or SHARE == 0, reason="mounts: long form")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_disk(name: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]):
-    """Of every size up to what the run needs; then there is room, and the same command goes on."""
-    command, full = commands[name], 0
-    command.reset()
-    finish(command)
-    wanted, most, rng = command.result(command.folder), 2 * size_of(command.folder), random.Random(name)
-    shutil.rmtree(command.folder)
+    """Of up to half as much again as an unbroken run was seen to hold; then there is room, and the command goes on."""
+    command, full, rng = commands[name], 0, random.Random(name)
+    whole = command.unbroken
+    shutil.rmtree(command.folder, ignore_errors=True)
+    most = whole.bytes - before(command)
     for _ in range(turns := amount(short=1, long=25)):
-        with disk(command.folder, size_of(command.before) + 65536 if command.before else 65536):
-            if command.before:
-                shutil.copytree(command.before, command.folder, dirs_exist_ok=True)
-            used = shutil.disk_usage(command.folder).used  # in whole pages
-            room = used + int(most * rng.random()) + 4096
-            subprocess.run(["mount", "-o", f"remount,size={room}", command.folder], check=True)
+        with prepared_disk(command) as used:
+            grown(command.folder, used + 4096 + int(1.5 * most * rng.random()))
             code, said = run(command)
             told(code, said)
             full += code != 0
             check_whole(command.folder)
-            subprocess.run(["mount", "-o", "remount,size=1g", command.folder], check=True)
+            grown(command.folder, "1g")
             finish(command)
-            assert command.result(command.folder) == wanted
+            assert command.result(command.folder) == whole.result
     with capsys.disabled():
         print(f"\nmoa {name}: {full} of {turns} disks were too small, and every run went on when there was room")
 

@@ -18,15 +18,13 @@ pytestmark = pytest.mark.torture
 @pytest.mark.parametrize("name", ["train", "bench", "profile", "search"])
 def test_nothing_is_lost(name: str, commands: dict[str, Command], capsys: pytest.CaptureFixture[str]):
     command = commands[name]
-    command.reset()
-    finish(command)
-    wanted, seconds, events = command.result(command.folder), command.seconds, command.events
+    whole = command.unbroken
     rng, kills, number = random.Random(name), 0, amount(short=1, long=50)
     for turn in range(number):
         command.reset()
         for _ in range(1 + (rng.random() < 0.3)):  # who goes on may be killed, too
             moment = rng.random()
-            fault = {"at": int(1 + moment * events)} if turn % 2 else {"after": moment * seconds}
+            fault = {"at": int(1 + moment * whole.events)} if turn % 2 else {"after": moment * whole.seconds}
             code, said = run(command, **fault)
             assert code in (0, -signal.SIGKILL), said[-3000:]
             killed = code != 0
@@ -37,9 +35,9 @@ def test_nothing_is_lost(name: str, commands: dict[str, Command], capsys: pytest
         if killed:
             finish(command)
         check_whole(command.folder)
-        assert command.result(command.folder) == wanted, turn
+        assert command.result(command.folder) == whole.result, turn
     with capsys.disabled():
-        print(f"\nmoa {name}: killed {kills} times in {number} runs of {seconds:.1f} s; every result is the same")
+        print(f"\nmoa {name}: killed {kills} times in {number} runs of {whole.seconds:.1f} s; every result is the same")
 
 
 @pytest.mark.skipif(SHARE == 0, reason="the long form alone: every start imports everything")

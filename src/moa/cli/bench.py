@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from moa.cli.keys import flags
 from moa.cli.options import AddressOption, EngineOption, WorkersOption
+from moa.cli.terminal import terminal
 
 
 def bench(
@@ -48,10 +49,10 @@ def bench(
     from moa.studies.plan import plan
     from moa.training.stops import TrainingStopped
 
-    console = Console()
+    console = terminal()
     where = Engine(engine, workers, address)
     with console.status("sizing methods") as status:
-        planned = plan(resolved, only or [], lambda name: status.update(f"sizing {name}"))
+        planned = plan(resolved, only or [], lambda name: status.update(Text(f"sizing {name}")))
     if dry_run:
         _show_plan(console, planned, workers or 1)
         return
@@ -75,7 +76,7 @@ def _bar(console: Console) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -90,7 +91,7 @@ def _advance(bar: Any, line: Any, state: Any) -> None:
     left = "" if state.seconds_left is None else f"about {duration(state.seconds_left)} left"
     bar.update(line, description=state.phase, completed=state.done, total=state.total, left=left)
     if state.last is not None and not bar.console.is_terminal:
-        bar.console.print(f"{state.last.name}: {state.done} of {state.total} {left}", highlight=False)
+        bar.console.print(f"{state.last.name}: {state.done} of {state.total} {left}")
 
 
 def _show_plan(console: Console, planned: Any, workers: int) -> None:
@@ -113,19 +114,18 @@ def _show_plan(console: Console, planned: Any, workers: int) -> None:
     left = {"tries": [c for c in tries if c not in done], "tests": [c for c in tests if c not in done]}
     for name, cells in (("to choose learning rates", tries), ("to compare", tests)):
         finished = sum(cell in done for cell in cells)
-        console.print(f"{len(cells)} cells {name}, {finished} of them done", highlight=False)
+        console.print(f"{len(cells)} cells {name}, {finished} of them done")
     if not left["tries"] and not left["tests"]:
         return
-    with console.status(f"timing a few steps of {planned.methods[0]}"):
+    with console.status(Text(f"timing a few steps of {planned.methods[0]}")):
         one_try, one_test = trial_seconds(planned, planned.methods[0])
     total = len(left["tries"]) * one_try + len(left["tests"]) * one_test
     console.print(
         f"about {duration(one_try)} a try and {duration(one_test)} a comparison cell, from a few steps of "
-        f"{planned.methods[0]}; about {duration(total / workers)} in all with {workers} worker{'s' * (workers > 1)}",
-        highlight=False,
+        f"{planned.methods[0]}; about {duration(total / workers)} in all with {workers} worker{'s' * (workers > 1)}"
     )
     if known := seconds_for([*left["tries"], *left["tests"]], done, workers):
-        console.print(f"about {duration(known)} in all, from the cells that are done", highlight=False)
+        console.print(f"about {duration(known)} in all, from the cells that are done")
 
 
 def _sizes(sizes: dict[str, float]) -> str:
@@ -152,7 +152,7 @@ def _show_results(console: Console, planned: Any) -> None:
         table.add_row(*(line[place].partition(" (")[0] if place else line[place] for place in shown))
     console.print(table)
     for claim in results["claims"]:
-        console.print(f"[bold]{escape(claim['text'])}[/]\n  {escape(claim['verdict'])}", highlight=False)
+        console.print(Text.assemble((claim["text"], "bold"), f"\n  {claim['verdict']}"))
     if results["missing_cells"]:
         console.print(f"{results['missing_cells']} cells are still missing: give the command again to go on")
-    console.print(f"intervals and everything else: {page}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"intervals and everything else: {page}", soft_wrap=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from moa.cli.heatmap import heatmap
 from moa.cli.tables import progress_bar
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.evaluation.accuracy import Result
@@ -42,7 +42,7 @@ def demo(
     """
     from moa.demo import recipe_of
 
-    show(recipe_of(output, seed), limit, Console())
+    show(recipe_of(output, seed), limit, terminal())
 
 
 def show(recipe: Recipe, rows: int, console: Console) -> None:
@@ -94,7 +94,7 @@ def comparison(before: Result, after: Result) -> Table:
     table.add_section()
     low, high = after.interval
     interval = f"{100 * low:.0f} to {100 * high:.0f}"
-    share = f"[bold green]{after.accuracy:.0%}[/]"
+    share = Text(f"{after.accuracy:.0%}", "bold green")
     table.add_row("all of them", f"{before.accuracy:.0%}", share, interval, str(len(after.items)))
     table.caption = f"{100 * (after.accuracy - before.accuracy):+.0f} points"
     return table
@@ -136,7 +136,7 @@ def _routing(adapter: Path, data: EvaluationSet, dtype: str, console: Console) -
     from moa.demo import mean_gates
 
     gates, experts = mean_gates(adapter, data, dtype)
-    console.print("How far the routers open each expert (mean gate over test prompts; bright: open)", highlight=False)
+    console.print("How far the routers open each expert (mean gate over test prompts; bright: open)")
     console.print(heatmap(gates.tolist(), [f"block {number}" for number in range(len(gates))], experts))
     console.print()
 
@@ -147,7 +147,7 @@ def _examples(data: EvaluationSet, before: Result, adapter: Path, dtype: str, co
     instructions: Sequence[str] = [row["instruction"] for row in data.rows[:SHOWN]]
     answers = answers_of_fresh_process(adapter, instructions, dtype)
     for instruction, old, answer in zip(instructions, before.items[:SHOWN], answers, strict=True):
-        console.print(f"[dim]?[/] {escape(instruction.partition(chr(10))[2].strip())}", highlight=False)
+        console.print(Text.assemble(("?", "dim"), f" {instruction.partition(chr(10))[2].strip()}"))
         console.print(side_by_side(old.gold, old.text, answer))
         console.print()
 
@@ -163,4 +163,4 @@ def _farewell(adapter: Path, request: str, dtype: str, seconds: float, console: 
         f"  moa inspect {adapter}",
         "  moa recipes ls",
     ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)

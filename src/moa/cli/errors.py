@@ -12,8 +12,9 @@ import traceback
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.text import Text
+
+from moa.cli.terminal import terminal
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -42,11 +43,11 @@ def report(error: Exception, *, trace: bool) -> int:
     """Print ``error`` for the user, with ``trace`` a mistake's stack trace, too; returns the exit code."""
     code = code_of(error)
     if code is None:
-        Console(stderr=True).print_exception()
+        terminal(stderr=True).print_exception()
         say("this looks like a bug in moa: please report it with the trace above and the output of `moa env`")
         return BUG
     if trace:
-        Console(stderr=True).print_exception()
+        terminal(stderr=True).print_exception()
     say(shortened(str(error)) or type(error).__name__)
     return code
 
@@ -66,5 +67,5 @@ def _on_purpose(error: Exception) -> bool:
 
 def say(message: str, style: str = "red") -> None:
     """One message on standard error, as it is: no markup, no wrapping when it goes to a file."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     console.print(Text(f"moa: {message}", style=style), soft_wrap=not sys.stderr.isatty())

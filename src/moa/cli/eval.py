@@ -24,6 +24,7 @@ from moa.cli.options import (
     check_places,
 )
 from moa.cli.tables import accuracy_table, progress_bar
+from moa.cli.terminal import terminal
 
 
 def eval(
@@ -62,7 +63,7 @@ def eval(
     sources = data or ["tasks:all"]
     sets = load_all(sources, limit=limit, seed=seed, max_new_tokens=max_new_tokens)
     model = {"adapter": adapter, "base": base, "dtype": dtype, "template": template, "spans": spans}
-    console = Console()
+    console = terminal()
     if workers is None and engine == "local":
         outcomes, about = _one_after_the_other(console, sets, model, batch_size)
     else:
@@ -83,7 +84,7 @@ def eval(
             "decoding": "greedy",
         }
         write(output, as_json(outcomes, settings))
-        console.print(f"settings and every answer: {output}", markup=False, highlight=False)
+        console.print(f"settings and every answer: {output}", soft_wrap=True)
 
 
 Outcomes = tuple[list[Any], dict[str, str]]

@@ -61,9 +61,8 @@ def export(
         modules = ", ".join(sorted(written.target_modules or []))
         typer.echo(f"wrote {output} ({to.value}, rank {written.r}, on {modules})")
         return
-    from rich.console import Console
-
     from moa.cli.tables import progress_bar
+    from moa.cli.terminal import terminal
     from moa.data import load_rows
     from moa.evaluation import models
     from moa.integrations.fitted_lora import fit_lora, save, sources_of_training
@@ -71,7 +70,7 @@ def export(
     sources = data or sources_of_training(str(adapter))
     rows = [row for source in sources for row in load_rows(source, split="train", limit=limit, seed=seed)]
     loaded = models.load(str(adapter), base, dtype=dtype, template=template, spans="none")
-    with progress_bar(Console()) as bar:
+    with progress_bar(terminal()) as bar:
         line = bar.add_task("fitting LoRA to the mixture", total=steps)
         student, gap = fit_lora(
             loaded.model,

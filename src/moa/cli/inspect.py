@@ -20,6 +20,7 @@ from moa.cli.options import (
     check_places,
 )
 from moa.cli.tables import progress_bar
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.evaluation.sets import EvaluationSet
@@ -62,13 +63,13 @@ def inspect(
     from moa.report.inspection import write_report
 
     sets = load_all(data or ["tasks:all"], limit=limit, seed=seed, max_new_tokens=max_new_tokens)
-    console = Console()
+    console = terminal()
     found = []
     for name in [adapter, *([against] if against else [])]:
         found.append(_look(name, base, dtype, template, sets, examples, console))
         _show(found[-1], console)
     page, numbers = write_report(output, found)
-    console.print(f"page: {page}\nnumbers: {numbers}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"page: {page}\nnumbers: {numbers}", soft_wrap=True)
 
 
 def _look(
@@ -97,14 +98,14 @@ def _look(
 
 def _show(found: Inspection, console: Console) -> None:
     """The picture of mean gates, where all blocks have the same experts, and the dead ones."""
-    console.print(found.adapter, style="bold", markup=False, highlight=False)
+    console.print(found.adapter, style="bold", soft_wrap=True)
     own = [router for router in found.pooled.routers if router.site is None]
     for note in found.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
     if own and all(router.columns == found.experts for router in own):
-        console.print("Mean gate of each expert (bright: open)", highlight=False)
+        console.print("Mean gate of each expert (bright: open)")
         names = [f"block {router.block}" for router in own]
         console.print(heatmap([router.mean for router in own], names, found.experts))
     if found.pooled.routers:
         dead = "; ".join(found.dead) or "none"
-        console.print(f"Dead experts: {dead}", markup=False, highlight=False)
+        console.print(f"Dead experts: {dead}")

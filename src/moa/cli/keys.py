@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperCommand
+
+from moa.cli.terminal import terminal
 
 KINDS = ("recipe", "span recipe", "study")
 
@@ -28,10 +29,10 @@ class KeysCommand(TyperCommand):
         table = Table(Column("key", no_wrap=True), "default", "meaning", title=title, title_justify="left", box=None)
         for name, default, doc in describe(class_of(self.kind)):
             table.add_row(f"--{name}", default, doc)
-        console = Console()
+        console = terminal()
         console.print(table)
         if shipped := names(self.kind):
-            console.print(f"Those that ship with moa: {', '.join(shipped)}", highlight=False)
+            console.print(f"Those that ship with moa: {', '.join(shipped)}")
 
 
 class SpanKeysCommand(KeysCommand):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from moa.cli.keys import ANY_FLAG, KeysCommand, flags
+from moa.cli.terminal import terminal
 
 recipes = typer.Typer(no_args_is_help=True, help="List, copy and validate recipes.")
 
@@ -24,7 +24,7 @@ def list_recipes() -> None:
     table = Table("recipe", "what it does", box=None)
     for name in names():
         table.add_row(name, find(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
-    Console().print(table)
+    terminal().print(table)
 
 
 @recipes.command("cp")
@@ -43,7 +43,7 @@ def copy_recipe(
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(file.parent)!r}")
     file.write_bytes(source.read_bytes())
-    Console().print(f"copied to {file}; run it with: moa train {file}", markup=False, highlight=False, soft_wrap=True)
+    terminal().print(f"copied to {file}; run it with: moa train {file}", soft_wrap=True)
 
 
 @recipes.command("validate", cls=KeysCommand, context_settings=ANY_FLAG)
@@ -61,6 +61,6 @@ def validate_recipe(context: typer.Context, name: Name) -> None:
     if count.trainable < count.adapter:
         table.add_row("of these trained", f"{count.trainable:,}")
     table.add_row("with the base", f"{count.total:,}")
-    console = Console()
+    console = terminal()
     console.print(table)
-    console.print(f"{name}: valid ({recipe.base})", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name}: valid ({recipe.base})", soft_wrap=True)

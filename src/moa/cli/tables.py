@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from moa.evaluation.results import Outcome
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def progress_bar(console: Console) -> Progress:
     """A bar with counts and time left, which disappears when it is done."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -48,7 +49,7 @@ def accuracy_table(outcomes: Sequence[Outcome], means: dict[str, float]) -> Tabl
             share = f"{result.accuracy:.1%}"
             table.add_row(data.name + note, family, str(len(result.items)), chance, share, f"{low:.1%} to {high:.1%}")
         if len(members) > 1:
-            table.add_row(f"mean of {family}", "", "", "", f"[bold]{means[family]:.1%}[/]", "", end_section=True)
+            table.add_row(f"mean of {family}", "", "", "", Text(f"{means[family]:.1%}", "bold"), "", end_section=True)
     if len(outcomes) > 1:
-        table.add_row("mean of all sets", "", "", "", f"[bold]{means['all']:.1%}[/]", "")
+        table.add_row("mean of all sets", "", "", "", Text(f"{means['all']:.1%}", "bold"), "")
     return table

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from moa.cli.keys import flags
+from moa.cli.terminal import terminal
 
 
 def train(
@@ -30,4 +30,4 @@ def train(
     from moa.training.sft import train as run
 
     folder = run(resolved, resume=resume, overwrite=overwrite)
-    Console().print(f"saved the adapter in {folder}", markup=False, highlight=False, soft_wrap=True)
+    terminal().print(f"saved the adapter in {folder}", soft_wrap=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from moa.cli.terminal import terminal
 from moa.files import write_text
 
 
@@ -24,14 +24,14 @@ def watch(
     """
     from moa.report.watch import page_of
 
-    console = Console()
+    console = terminal()
     first = page_of(run, refresh=None)
     if output is not None:
         write_text(output, first)
-        console.print(f"page: {output}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"page: {output}", soft_wrap=True)
         return
     with server(run, port) as serving:
-        console.print(f"http://localhost:{serving.server_address[1]}/ (Ctrl-C ends)", markup=False, highlight=False)
+        console.print(f"http://localhost:{serving.server_address[1]}/ (Ctrl-C ends)")
         serving.serve_forever()
 
 

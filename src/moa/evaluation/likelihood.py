@@ -76,6 +76,7 @@ def chosen(
         from lm_eval import simple_evaluate
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task = ConfigurableTask(
         config={
@@ -96,7 +97,8 @@ def chosen(
     model.eval()
     try:
         asker = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=opened)
-        found = simple_evaluate(asker, tasks=[task], bootstrap_iters=0, log_samples=True)
+        alone = TaskManager(include_defaults=False)  # which else reads the thousands of files of its own tasks first
+        found = simple_evaluate(asker, tasks=[task], task_manager=alone, bootstrap_iters=0, log_samples=True)
     finally:
         model.train(was_training)
     samples = sorted(found["samples"]["moa"], key=lambda sample: sample["doc_id"])

@@ -24,6 +24,11 @@ BUILT = (*CALIBRATED, "uniform")
 PRESS = "kvpress:"
 
 
+def whole(budget: float) -> float:
+    """A budget as it is written: numbers of parameters are whole."""
+    return int(budget) if budget > 1 and float(budget).is_integer() else budget
+
+
 def amount(budget: float) -> str:
     """A budget for people: trained parameters, or a share of the KV cache."""
     return f"{budget:,} parameters" if budget > 1 else f"{100 * budget:g} % of the KV cache"
@@ -51,6 +56,9 @@ class Method:
     note: str = ""
     spans: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.budgets = [whole(budget) for budget in self.budgets]
 
     @classmethod
     def from_tree(cls, name: str, tree: Any) -> Method:

@@ -13,17 +13,12 @@ from moa.choices import check_choice, check_names, nearest
 from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
-from moa.studies.methods import Method
+from moa.studies.methods import Method, whole
 from moa.training.recipe import Recipe
 
 METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
-
-
-def whole(budget: float) -> float:
-    """A budget as it is written: numbers of parameters are whole."""
-    return int(budget) if budget > 1 and float(budget).is_integer() else budget
 
 
 @settings

@@ -62,6 +62,11 @@ def publish(folder: Path, name: str, *, keep: int) -> None:
         shutil.rmtree(final)
     (folder / WRITING / name).rename(final)
     (folder / WRITING).rmdir()
+    delete_old(folder, keep)
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the last ``keep``."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -89,5 +94,6 @@ def _is_full(error: Exception, folder: Path) -> bool:
     wants = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
     if getattr(error, "errno", None) in wants or any(os.strerror(number) in str(error) for number in wants):
         return True
-    writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container.cc"))  # torch.save's
+    # Those of torch.save; the last of them is C++'s own, for what is written when the file is closed.
+    writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container.cc", "iostream"))
     return writer or shutil.disk_usage(folder).free < 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 from moa.files import LOCK
 from moa.spans import SpanPlan
 from moa.training.callbacks import LOG_NAME
-from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, last_complete
+from moa.training.checkpoints import WEIGHTS, WRITING, checkpoints, delete_old, last_complete
 from moa.training.progress import PROGRESS_NAME
 from moa.training.recipe import FILE_NAME, Recipe
 from moa.training.spans import FILE_NAME as PLAN_NAME
@@ -52,13 +52,17 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | Non
     return None
 
 
-def clear_output(folder: Path, checkpoint: Path | None) -> None:
-    """Make the folder, without what an earlier run left after ``checkpoint``; whatever else lies in it stays."""
+def clear_output(folder: Path, checkpoint: Path | None, keep: int) -> None:
+    """Make the folder, without what an earlier run left after ``checkpoint``; whatever else lies in it stays.
+
+    Of the checkpoints up to there ``keep`` stay: a run that was killed just after it saved one deleted no other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
     found = checkpoints(folder)
     for beyond in found[found.index(checkpoint) + 1 :] if checkpoint else found:
         shutil.rmtree(beyond)
+    delete_old(folder, keep)
     if checkpoint is None:
         for path in (folder / name for name in _WRITTEN):
             if path.is_dir():

@@ -106,7 +106,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
 
 def _begin(recipe: Recipe, plan: SpanPlan | None, folder: Path, checkpoint: Path | None) -> None:
     """Make the folder this run's."""
-    clear_output(folder, checkpoint)
+    clear_output(folder, checkpoint, recipe.keep_checkpoints)
     save(recipe, folder / FILE_NAME)
     if plan is not None:
         plan.save(folder / PLAN_NAME)

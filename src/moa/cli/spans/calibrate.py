@@ -6,10 +6,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.spans.evidence.calibration import Signal
@@ -68,4 +68,4 @@ def _tell(signals: dict[int, list[Signal]]) -> None:
         carrying = f"{sum(one.carries for one in own)} of {len(own)}"
         losses = f"{fmean(one.loss for one in own):.3f}", f"{fmean(one.far for one in own):+.3f}"
         table.add_row(f"{length}", "all", share, *losses, carrying)
-    Console().print(table)
+    terminal().print(table)

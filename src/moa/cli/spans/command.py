@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moa.cli.keys import flags
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.cli.spans.recipe import SpanRecipe
@@ -67,14 +67,14 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with time left; gives a function of finished and all."""
     from moa.cli.tables import progress_bar
 
-    with progress_bar(Console(stderr=True)) as progress:
+    with progress_bar(terminal(stderr=True)) as progress:
         line = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(line, completed=done, total=total)
 
 
 def tell(message: str) -> None:
     """One line for the user."""
-    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    terminal().print(message, soft_wrap=True)
 
 
 def next_step(verb: str, name: str, arguments: list[str]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from moa.cli.spans.command import Overwrite, Recipe, bar, begin, next_step, replaced, tell
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.cli.spans.recipe import PlanFolder, SpanRecipe
@@ -99,5 +99,5 @@ def _tell(front: list[Candidate], lengths: list[int], folder: PlanFolder) -> Non
         losses = [f"{loss:.4g}" for loss in candidate.losses.values()]
         densities = [f"{density:.1%}" for density in candidate.densities.values()]
         table.add_row(f"{place:02}", candidate.kind, *losses, *densities)
-    Console().print(table)
+    terminal().print(table)
     tell(f"{len(front)} plans in {folder.path}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
+from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.cli.spans.recipe import PlanFolder, SpanRecipe
@@ -73,4 +73,4 @@ def _tell(found: Verdict, plans: list[SpanPlan], length: int) -> None:
         rows.append((name, str(plan.searched.get("kind", "")), measured))
     for name, kind, one in rows:
         table.add_row(name, kind, f"{one.loss:.4f}", f"{one.accuracy:.1%}", f"{one.kv_density:.1%}")
-    Console().print(table)
+    terminal().print(table)
