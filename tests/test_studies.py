@@ -349,6 +349,29 @@ def test_every_method_gets_the_same_tries_and_the_best_rate(planned):
     assert len(set(names)) == len(names) == 6 + 6
 
 
+def test_a_method_may_have_rates_of_its_own(tree):
+    tree["methods"] = {
+        "soft-moa": None,
+        "lora": {"learning_rates": [0.02]},
+        "nested": {"preset": "molora", "copies": 2},
+    }
+    tree["methods"]["nested"]["learning_rates"] = [0.1, 0.2]
+    study = Study.from_tree(tree)
+    assert Study.from_tree(study.to_dict()) == study
+    methods = list(study.methods)
+    tries = grid.tries(study, methods)
+    assert {(cell.method, cell.learning_rate) for cell in tries} == {
+        ("soft-moa", 0.001), ("soft-moa", 0.01), ("nested", 0.1), ("nested", 0.2)
+    }  # fmt: skip
+    rates = grid.choose_rates(study, methods, {cell: {"validation_loss": cell.learning_rate} for cell in tries})
+    assert rates == {("soft-moa", 8000): 0.001, ("lora", 8000): 0.02, ("nested", 8000): 0.1}
+    tree["methods"]["lora"]["learning_rates"] = [0.02, 0.02]
+    with pytest.raises(
+        ValueError, match=r"methods.lora: learning_rates=\[0.02, 0.02\] must list one or more different"
+    ):
+        Study.from_tree(tree)
+
+
 def test_time_left_is_the_mean_of_cells_alike():
     cells = [Cell(TEST, method, 1, seed, 0.1) for method in ("a", "b") for seed in range(3)]
     known = {

@@ -51,15 +51,12 @@ class Cell:
 
 def tries(study: Study, methods: list[str]) -> list[Cell]:
     """The cells that choose learning rates; none if there is nothing to choose from."""
-    rates = study.tuning.learning_rates
-    if len(rates) < 2:
-        return []
     return [
         Cell(TRY, method, budget, seed, rate)
         for method in methods
-        if study.methods[method].trains
+        if study.chooses(method)
         for budget in _tried_budgets(study, method)
-        for rate in rates
+        for rate in study.rates_of(method)
         for seed in study.tuning.seeds
     ]
 
@@ -82,11 +79,11 @@ def choose_rates(
     Raises:
         ValueError: every rate of a method diverged.
     """
-    rates = study.tuning.learning_rates
     chosen: dict[tuple[str, float], float] = {}
     for method in methods:
+        rates = study.rates_of(method)
         for budget in study.budgets_of(method):
-            if len(rates) < 2 or not study.methods[method].trains:
+            if not study.chooses(method):
                 chosen[method, budget] = rates[0] if study.methods[method].trains else 0.0
                 continue
             tried = tried_budget(study, method, budget)

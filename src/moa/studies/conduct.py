@@ -74,7 +74,7 @@ def conduct(
         ValueError: a method diverged at every learning rate, or finished cells are of other versions.
     """
     tries = grid.tries(plan.study, plan.methods)
-    placeholder = {key: plan.study.tuning.learning_rates[0] for key in plan.fits}
+    placeholder = {key: plan.study.rates_of(key[0])[0] for key in plan.fits}
     later = grid.tests(plan.study, plan.methods, placeholder)
     if not any_version:
         check_versions(plan.finished(tries))
@@ -138,7 +138,7 @@ def trial_seconds(plan: Plan, method: str) -> tuple[float, float]:
         ValueError: the trial failed; names its log.
     """
     study = plan.study
-    cell = Cell(TEST, method, plan.study.budgets_of(method)[0], study.seeds[0], study.tuning.learning_rates[0])
+    cell = Cell(TEST, method, study.budgets_of(method)[0], study.seeds[0], study.rates_of(method)[0])
     whole = job_of(plan, cell)
     short = trial(whole)
     log = plan.folder / "logs" / f"{cell.name}-trial.log"

@@ -46,6 +46,7 @@ class Method:
         changes: settings laid over the preset, anything that `moa.preset` (or PEFT's configuration) takes.
         grow: kinds of experts whose sizes follow the budget; all that have one if empty.
         budgets: where the method takes part; at all budgets of the study if empty.
+        learning_rates: what it tries in place of ``tuning.learning_rates``; one alone is taken without a try.
         note: a line for the page.
     """
 
@@ -53,6 +54,7 @@ class Method:
     changes: dict[str, Any] = field(default_factory=dict)
     grow: Several[str] = field(default_factory=list)
     budgets: Several[float] = field(default_factory=list)
+    learning_rates: Several[float] = field(default_factory=list)
     note: str = ""
     spans: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Method:
             raise ValueError(f"methods.{name}={tree!r} must be a section with keys of its own, or empty")
         fields = dict(tree or {})
         if "changes" not in fields:  # which is how `dataclasses.asdict` writes it
-            keys = ("preset", "grow", "budgets", "note", "spans", "training")
+            keys = ("preset", "grow", "budgets", "learning_rates", "note", "spans", "training")
             own = {key: fields.pop(key) for key in keys if key in fields}
             usual = NONE if own.get("spans") else name
             fields = {"preset": usual} | own | {"changes": fields}

@@ -83,7 +83,7 @@ def matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:
 
 
 def _row(plan: Plan, method: str, budget: float, results: list[Result], rate: float) -> dict[str, Any]:
-    rates = plan.study.tuning.learning_rates
+    rates = plan.study.rates_of(method)
     steps = [result["step_seconds"] for result in results if result["step_seconds"]]
     fitted = plan.fits[method, budget]
     return {

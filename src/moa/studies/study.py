@@ -189,6 +189,14 @@ class Study:
         """The budgets at which a method takes part."""
         return self.methods[method].budgets or self.budgets
 
+    def rates_of(self, method: str) -> list[float]:
+        """The learning rates that a method may have."""
+        return self.methods[method].learning_rates or self.tuning.learning_rates
+
+    def chooses(self, method: str) -> bool:
+        """Whether a method has to try learning rates."""
+        return self.methods[method].trains and len(self.rates_of(method)) > 1
+
 
 def _check_training(what: str, section: dict[str, Any]) -> None:
     known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
@@ -207,6 +215,7 @@ def _check_numbers(study: Study) -> None:
         "tuning.seeds": (study.tuning.seeds, 0),
         "tuning.learning_rates": (study.tuning.learning_rates, 1e-12),
     }
+    lists |= {f"methods.{name}: learning_rates": (study.rates_of(name), 1e-12) for name in study.methods}
     for name, (values, low) in lists.items():
         if not values or len(set(values)) < len(values) or min(values) < low:
             raise ValueError(f"{name}={values!r} must list one or more different numbers of at least {low}")
