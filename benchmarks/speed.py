@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                        # the whole table, half an hour on a quiet core
     python benchmarks/speed.py --families llama --dtypes float32 --work decode1 --rounds 40
     python benchmarks/speed.py --work compiled1                       # decoding under torch.compile, minutes a variant
+    python benchmarks/speed.py --families smollm2 --rounds 4          # the whole real model in place of random blocks
     python benchmarks/speed.py --quantised nf4 int8                   # bases of bitsandbytes, where it is installed
 
 Random weights in SmolLM2-135M's shape with six blocks, one thread. All variants share one set of base weights and are
@@ -29,6 +30,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, StaticCache
 
 import moa
+from moa.models import load
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 VOCABULARY = 8000
@@ -47,6 +49,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 FAMILIES = ("llama", "gemma3_text", "olmo2", "phi3")
+WHOLE = "smollm2"
 DTYPES = ("float32", "bfloat16")
 WORK = ("train", "saved", "decode1", "decode8", "calls1", "calls8", "prefill", "compiled1")
 LORA = "PEFT LoRA r=8"
@@ -57,6 +60,8 @@ QUANTISED = {
 
 
 def build_base(family: str, dtype: str) -> PreTrainedModel:
+    if family == WHOLE:
+        return load(WHOLE, dtype=getattr(torch, dtype))[0].eval().requires_grad_(False)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
     return model.to(getattr(torch, dtype)).eval().requires_grad_(False)
@@ -233,7 +238,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--families", nargs="+", choices=(*FAMILIES, WHOLE), default=FAMILIES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--quantised", nargs="+", choices=QUANTISED, default=(), help="measure these bases instead")
