@@ -111,8 +111,8 @@ def _one_after_the_other(console: Console, sets: list[Any], model: dict[str, Any
 def _in_processes(
     console: Console, sets: list[Any], model: dict[str, Any], batch_size: int, logs: Path, where: tuple[Any, ...]
 ) -> Outcomes:
+    from moa.studies.divided import evaluate_on
     from moa.studies.engine import Engine
-    from moa.studies.evaluations import evaluate_on
 
     with progress_bar(console) as bar:
         line = bar.add_task("sets", total=len(sets))

@@ -38,6 +38,8 @@ def fit(method: Method, base: str, budget: int, *, tolerance: float = 0.01) -> F
     Raises:
         ValueError: it cannot come within ``tolerance`` (relative); says what it can reach.
     """
+    if not method.trains:
+        return Fit({}, 0, {})
     best: Fit | None = None
     least: int | None = None
     for variant in method.variants(blocks_of(base)):

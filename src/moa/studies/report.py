@@ -9,8 +9,8 @@ from typing import Any
 from moa.evaluation.results import write
 from moa.files import write_text
 from moa.report.page import render, shade, write_page
+from moa.studies.data import has
 from moa.studies.methods import amount
-from moa.studies.verdicts import has
 
 BADGES = {"holds": "holds", "fails": "fails", "open": "not shown", "unfinished": "unfinished"}
 WIDTH, LEFT, RIGHT, LINE = 760, 260, 130, 22  # of the plot, in CSS pixels

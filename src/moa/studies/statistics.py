@@ -139,9 +139,7 @@ def sign_flip(by_seed: NDArray[np.float64]) -> float:
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's step-down correction: adjusted p-values, in the order given."""
     order = np.argsort(p, kind="stable")
+    times = np.arange(len(p), 0, -1)
     adjusted = np.empty(len(p))
-    running = 0.0
-    for rank, place in enumerate(order):
-        running = max(running, (len(p) - rank) * p[place])
-        adjusted[place] = min(1.0, running)
+    adjusted[order] = np.minimum(np.maximum.accumulate(times * np.asarray(p, dtype=float)[order]), 1.0)
     return adjusted.tolist()

@@ -14,9 +14,9 @@ from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
 from moa.studies.methods import Method, whole
+from moa.studies.metrics import METRICS
 from moa.training.recipe import Recipe
 
-METRICS = ("accuracy", "choice", "answer_loss", "text_loss")
 DECIDED = ("base", "adapter", "data", "output", "epochs", "max_steps", "batch_size", "learning_rate", "seed")
 """Keys of a recipe that a study sets by itself, the same for every method."""
 
@@ -171,15 +171,6 @@ class Study:
         """
         return load(cls, find(path, "study"), overrides)
 
-    @classmethod
-    def from_tree(cls, tree: Any) -> Study:
-        """A study from plain data, as `to_dict` gives it."""
-        return cls(**tree)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_tree` can build the study from again."""
-        return dataclasses.asdict(self)
-
     @property
     def dtype(self) -> str:
         """Of the base model."""
@@ -192,6 +183,11 @@ class Study:
     def rates_of(self, method: str) -> list[float]:
         """The learning rates that a method may have."""
         return self.methods[method].learning_rates or self.tuning.learning_rates
+
+    def tried_budget(self, method: str, budget: float) -> float:
+        """Where the learning rate for ``budget`` is tried."""
+        alone = self.tuning.budget
+        return alone if alone is not None and alone in self.budgets_of(method) else budget
 
     def chooses(self, method: str) -> bool:
         """Whether a method has to try learning rates."""

@@ -77,7 +77,7 @@ def _engine(kind: str, workers: int | None, address: str | None) -> Any:
 def _on(
     where: Any, settings: Any, items: Any, length: int, folder: Path, told: Callable[[int], None], left: range
 ) -> Mapping[int, Path]:
-    from moa.studies.influence import measure_on
+    from moa.studies.divided import measure_on
 
     rest = {place: items[place] for place in left}
     return measure_on(
