@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moa.models import config_of
 from moa.studies.methods import Method
-from moa.studies.sizing import Sizable, Size
+from moa.studies.sizing import Sizable, Size, variants
 from moa.training.recipe import Recipe
 from moa.training.validate import validate
 
@@ -42,7 +42,7 @@ def fit(method: Method, base: str, budget: int, *, tolerance: float = 0.01) -> F
         return Fit({}, 0, {})
     best: Fit | None = None
     least: int | None = None
-    for variant in method.variants(blocks_of(base)):
+    for variant in variants(method, blocks_of(base)):
         ladder = Ladder(variant, base)
         found = ladder.solve(budget)
         least = ladder.least if least is None else min(least, ladder.least)

@@ -13,7 +13,7 @@ from moa.choices import check_choice, check_names, nearest
 from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
-from moa.studies.methods import Method, whole
+from moa.studies.methods import Budgets, Method, check_budgets
 from moa.studies.metrics import METRICS
 from moa.training.recipe import Recipe
 
@@ -81,11 +81,10 @@ class Claim:
     better: str = ""
     than: Several[str] = dataclasses.field(default_factory=list)
     text: str = ""
-    budgets: Several[float] = dataclasses.field(default_factory=list)
+    budgets: Budgets = dataclasses.field(default_factory=list)
     metric: str = ""
 
     def __post_init__(self) -> None:
-        self.budgets = [whole(budget) for budget in self.budgets]
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
     def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
@@ -94,13 +93,10 @@ class Claim:
         if not self.than:
             raise ValueError(f"the claim about {self.better!r} names no rival in 'than'")
         for rival in self.than:
-            if rival not in methods:
-                raise ValueError(f"claims: than={rival!r} is not one of {methods}{nearest(rival, methods)}")
+            check_choice("claims: than", rival, methods)
         if self.better in self.than:
             raise ValueError(f"claims: {self.better!r} cannot be better than itself")
-        for budget in self.budgets:
-            if budget not in budgets:
-                raise ValueError(f"claims: budgets names {budget}, but the study has {budgets}")
+        check_budgets("claims", self.budgets, budgets)
         if self.metric:
             check_choice("claims: metric", self.metric, metrics)
 
@@ -110,7 +106,7 @@ class Study:
     """A comparison. Keys of ``methods`` are names; see `moa.studies.methods.Method` for what an entry holds."""
 
     methods: dict[str, Method] = knob(dict, "name: preset, changes, spans, grow, budgets")
-    budgets: Several[float] = knob(
+    budgets: Budgets = knob(
         list, "trained parameters at which methods are compared; of span methods, shares of the KV cache"
     )
     claims: list[Claim] = knob(list, "what the study is to decide: better, than, text, budgets, metric")
@@ -139,7 +135,6 @@ class Study:
         return {name: one if isinstance(one, Method) else Method.from_tree(name, one) for name, one in given.items()}
 
     def __post_init__(self) -> None:
-        self.budgets = [whole(budget) for budget in self.budgets]
         check_names("metrics", self.metrics, METRICS)
         _check_numbers(self)
         if not self.methods:
