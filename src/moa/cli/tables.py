@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -14,15 +22,14 @@ if TYPE_CHECKING:
     from moa.evaluation.results import Outcome
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with counts and time left, which disappears when it is done."""
+def progress_bar(console: Console, *left: ProgressColumn) -> Progress:
+    """A bar with counts and time left, which disappears when it is done; ``left`` says otherwise what is left."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        *(left or (TextColumn("left:"), TimeRemainingColumn())),
         console=console,
         transient=True,
     )

@@ -48,31 +48,28 @@ def conduct(
     Raises:
         ValueError: a method diverged at every learning rate, or finished cells are of other versions.
     """
-    tries = grid.tries(plan.study, plan.methods)
-    placeholder = {key: plan.study.rates_of(key[0])[0] for key in plan.fits}
-    later = grid.tests(plan.study, plan.methods, placeholder)
-    if not any_version:
-        check_versions(plan.finished(tries))
-    failures = _run(plan, "learning rates", tries, later, engine, progress)
+    run_phase = partial(_run, plan, engine, progress, any_version)
+    later = grid.tests(plan.study, plan.methods, plan.first_rates)
+    failures = run_phase("learning rates", grid.tries(plan.study, plan.methods), later)
     if failures:
         return failures
     rates = plan.rates(plan.methods)
     assert rates is not None
-    tests = grid.tests(plan.study, plan.methods, rates)
-    if not any_version:
-        check_versions(plan.finished(tests))
-    return _run(plan, "comparison", tests, [], engine, progress)
+    return run_phase("comparison", grid.tests(plan.study, plan.methods, rates), [])
 
 
 def _run(
     plan: Plan,
+    engine: Engine,
+    progress: Callable[[Progress], object],
+    any_version: bool,
     phase: str,
     cells: list[Cell],
     later: list[Cell],
-    engine: Engine,
-    progress: Callable[[Progress], object],
 ) -> list[Failure]:
     done = plan.finished(cells)
+    if not any_version:
+        check_versions(done)
 
     def report(last: Cell | None) -> None:
         left = [cell for cell in cells if cell not in done]

@@ -66,9 +66,10 @@ def measure_on(
     engine: Engine,
     base: str,
     dtype: str,
-    items: Mapping[int, Item],
+    items: Sequence[Item],
     length: int,
     block: int,
+    left: range,
     *,
     folder: Path,
     told: Callable[[int], object],
@@ -79,11 +80,12 @@ def measure_on(
         engine: where.
         base: name or folder of the model.
         dtype: of its weights.
-        items: texts by their places, as `moa.spans.evidence.influence.influence` takes them.
+        items: texts, as `moa.spans.evidence.influence.influence` takes them.
         length: tokens.
         block: tokens per block.
+        left: the places of the items to measure.
         folder: for a file per item, which a run that was stopped goes on from, and for logs.
-        told: called with the number of finished items, after every few.
+        told: called with the number of finished items, those before ``left`` among them, after every few.
 
     Returns:
         What `influence` asks of ``elsewhere``.
@@ -91,9 +93,8 @@ def measure_on(
     Raises:
         RuntimeError: items could not be measured; names the log.
     """
-    parts = {place: folder / f"length-{length}-item-{place}.safetensors" for place in items}
-    places = sorted(items)
-    groups = [places[first : first + TOGETHER] for first in range(0, len(places), TOGETHER)]
+    parts = {place: folder / f"length-{length}-item-{place}.safetensors" for place in left}
+    groups = [left[first : first + TOGETHER] for first in range(0, len(left), TOGETHER)]
     tasks = [
         Task(
             partial(_measure, base, dtype, {parts[place]: items[place] for place in group}, length, block),
@@ -102,7 +103,7 @@ def measure_on(
         for group in groups
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    run_whole(tasks, engine, lambda: told(sum(path.exists() for path in parts.values())))
+    run_whole(tasks, engine, lambda: told(left.start + sum(path.exists() for path in parts.values())))
     return parts
 
 

@@ -71,6 +71,11 @@ class Plan:
         done = self.finished(tries)
         return grid.choose_rates(self.study, methods, done) if len(done) == len(tries) else None
 
+    @property
+    def first_rates(self) -> Rates:
+        """To know what will be compared while tries are missing."""
+        return {key: self.study.rates_of(key[0])[0] for key in self.fits}
+
     def job(self, cell: Cell) -> Job:
         """What a worker does for a cell."""
         return Job(self.study, cell, self.recipes(cell), replace(self.rows, stages=[]), self.folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from moa.data import prompt_of, prompt_tokens
@@ -24,7 +24,7 @@ from moa.studies.cells import TEST, Cell
 from moa.studies.data import Rows, Tested, about, has
 from moa.studies.meters import peak_memory, step_times
 from moa.studies.metrics import METRICS
-from moa.studies.routing import routing, snapshot_weights
+from moa.studies.routing import routing
 from moa.studies.spans import Spans
 from moa.studies.study import Study
 from moa.training.base import load_base
@@ -196,7 +196,7 @@ def _routing(job: Job, model: Any, tokenizer: Any, stage: int) -> Iterator[dict[
     prompts = [prompt_of(row, job.study.data.template) for data in job.rows.sets for row in data.rows[:PROMPTS]]
     before = sum(int(recipe.max_steps or 0) for recipe in job.recipes[:stage])
     for path in checkpoints(Path(job.recipes[stage].output)) if prompts else []:
-        snapshot_weights(model, load_file(path / WEIGHTS, device=str(model.device)))
+        set_peft_model_state_dict(model, load_file(path / WEIGHTS, device=str(model.device)))
         if blocks := routing(model, tokenizer, prompts):
             yield {"step": before + int(path.name.rpartition("-")[2]), "blocks": blocks}
 

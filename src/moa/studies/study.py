@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator
 
-from moa.choices import check_choice, check_names, nearest
+from moa.choices import check_choice, check_names, named
 from moa.data.templates import TemplateName
 from moa.recipes import find
 from moa.settings import Range, Several, knob, load, settings
@@ -87,18 +87,21 @@ class Claim:
     def __post_init__(self) -> None:
         self.text = self.text or f"{self.better} is better than {', '.join(map(str, self.than))}."
 
-    def check(self, methods: list[str], budgets: list[float], metrics: list[str]) -> None:
+    def check(self, study: Study) -> None:
         """Raise ValueError unless the claim is about methods, budgets and metrics of the study."""
-        check_choice("claims: better", self.better, methods)
-        if not self.than:
-            raise ValueError(f"the claim about {self.better!r} names no rival in 'than'")
-        for rival in self.than:
-            check_choice("claims: than", rival, methods)
+        check_choice("claims: better", self.better, study.methods)
+        check_names("claims: than", self.than, list(study.methods))
         if self.better in self.than:
             raise ValueError(f"claims: {self.better!r} cannot be better than itself")
-        check_budgets("claims", self.budgets, budgets)
+        check_budgets("claims", self.budgets, study.budgets)
         if self.metric:
-            check_choice("claims: metric", self.metric, metrics)
+            check_choice("claims: metric", self.metric, study.metrics)
+        for name in (self.better, *self.than):
+            if absent := set(self.budgets or study.budgets) - set(study.budgets_of(name)):
+                raise ValueError(
+                    f"the claim {self.text!r} needs {name!r} at {sorted(absent)}, where it takes no part: "
+                    f"give the claim or the method other budgets"
+                )
 
 
 @settings
@@ -142,19 +145,10 @@ class Study:
         for name, method in self.methods.items():
             method.check(name, self.budgets)
         for claim in self.claims:
-            claim.check(list(self.methods), self.budgets, self.metrics)
-            self._check_reach(claim)
+            claim.check(self)
         _check_training("training", self.training)
         for name, method in self.methods.items():
             _check_training(f"methods.{name}: training", method.training)
-
-    def _check_reach(self, claim: Claim) -> None:
-        for name in (claim.better, *claim.than):
-            if absent := set(claim.budgets or self.budgets) - set(self.budgets_of(name)):
-                raise ValueError(
-                    f"the claim {claim.text!r} needs {name!r} at {sorted(absent)}, where it takes no part: "
-                    f"give the claim or the method other budgets"
-                )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
@@ -190,24 +184,22 @@ class Study:
 
 
 def _check_training(what: str, section: dict[str, Any]) -> None:
-    known = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in DECIDED]
-    for key in section:
-        if key not in known:
-            why = "; a study sets it for all methods" if key in DECIDED else nearest(key, known)
-            raise ValueError(f"{what} has no key {key!r}{why}; its keys are {known}")
-    Recipe(**section)
+    if decided := [key for key in section if key in DECIDED]:
+        raise ValueError(f"{what} has no key {decided[0]!r}; a study sets it for all methods")
+    with named(what):
+        Recipe(**section)
 
 
 def _check_numbers(study: Study) -> None:
     """Lists of numbers: each at least one, none twice, all in range."""
-    lists: dict[str, tuple[list[Any], float]] = {
-        "budgets": (study.budgets, 1e-3),
-        "seeds": (study.seeds, 0),
-        "tuning.seeds": (study.tuning.seeds, 0),
-        "tuning.learning_rates": (study.tuning.learning_rates, 1e-12),
-    }
-    lists |= {f"methods.{name}: learning_rates": (study.rates_of(name), 1e-12) for name in study.methods}
-    for name, (values, low) in lists.items():
+    lists: list[tuple[str, Sequence[float], float]] = [
+        ("budgets", study.budgets, 1e-3),
+        ("seeds", study.seeds, 0),
+        ("tuning.seeds", study.tuning.seeds, 0),
+        ("tuning.learning_rates", study.tuning.learning_rates, 1e-12),
+        *((f"methods.{name}: learning_rates", study.rates_of(name), 1e-12) for name in study.methods),
+    ]
+    for name, values, low in lists:
         if not values or len(set(values)) < len(values) or min(values) < low:
             raise ValueError(f"{name}={values!r} must list one or more different numbers of at least {low}")
     if shared := set(study.seeds) & set(study.tuning.seeds):
