@@ -118,7 +118,10 @@ def read(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(text)
     except Exception as error:  # PyYAML's, or whatever a tag like !!bool makes of a wrong text there
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
-    return _mapping("the file", {} if tree is None else _numbers(tree))
+    found = {} if tree is None else _numbers(tree)
+    if not isinstance(found, dict):
+        raise ValueError(f"the file must be a mapping of keys to values, not {found!r}")
+    return found
 
 
 def save(values: Any, path: Path) -> None:
@@ -220,9 +223,3 @@ def _numbers(tree: Any, depth: int = 0, count: Iterator[int] | None = None) -> A
         return tree
     number = float(tree)
     return int(number) if number.is_integer() else number
-
-
-def _mapping(what: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} must be a mapping of keys to values, not {given!r}")
-    return dict(given)

@@ -92,10 +92,10 @@ def load(data: StudyData, base: str, *, trains: bool = True) -> Rows:
     for tested in sets:
         if shared := sum(_question(row) in held for row in tested.rows):
             raise ValueError(f"{shared} of the {len(tested.rows)} test rows of {tested.name!r} are in data.train, too")
-    stages: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(data.then))]
-    for stage, row in found:
-        if _question(row) not in chosen:
-            stages[stage].append(row)
+    stages = [
+        [row for place, row in found if place == stage and _question(row) not in chosen]
+        for stage in range(1 + len(data.then))
+    ]
     if not all(stages):
         raise ValueError(f"data.then: a stage of {data.then} has no rows left to learn")
     return Rows(stages, [row for question, row in held.items() if question in chosen], sets, texts)

@@ -29,7 +29,11 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
         signed=signed,
         trained=[row for row in results["rows"] if row["trained_parameters"]],
         tasks=[_tasks(name, metric, results["rows"]) for name, metric in METRICS.items()],
-        routing=[(_name(row), row["routing"], _gates(row["routing"])) for row in results["rows"] if row["routing"]],
+        routing=[
+            (_name(row), found, _gates(found["names"], found["blocks"]))
+            for row in results["rows"]
+            if (found := row["routing"])
+        ],
         edges=[_name(row) for row in results["rows"] if row["rate_at_edge"]],
         diverged=[_name(row) for row in results["rows"] if row["diverged"]],
     )
@@ -57,17 +61,16 @@ def _numbers(claim: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _gates(routing: Mapping[str, Any]) -> list[list[Any]]:
+def _gates(names: Sequence[str], blocks: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """The table of mean gates at the end, by block and expert."""
     return [
         [
             str(block["block"]),
-            *(tinted(f"{gates[name]:.2f}", gates[name]) if name in gates else "" for name in routing["names"]),
+            *("" if (gate := block["gate"].get(name)) is None else tinted(f"{gate:.2f}", gate) for name in names),
             _told("{:.0%}", block.get("strongest")),
             ", ".join(block["dead"]),
         ]
-        for block in routing["blocks"]
-        for gates in [block["gate"]]
+        for block in blocks
     ]
 
 
