@@ -15,7 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -42,11 +42,8 @@ def accuracy_table(outcomes: Sequence[Outcome], means: dict[str, float]) -> Tabl
         outcomes: sets with their results.
         means: from `moa.evaluation.results.family_means`.
     """
-    table = Table(title="Accuracy (greedy)", title_justify="left")
-    table.add_column("set")
-    table.add_column("family")
-    for column in ("rows", "chance", "accuracy", "95 % interval"):
-        table.add_column(column, justify="right")
+    numbers = [Column(name, justify="right") for name in ("rows", "chance", "accuracy", "95 % interval")]
+    table = Table("set", "family", *numbers, title="Accuracy (greedy)", title_justify="left")
     for family in [name for name in means if name != "all"]:
         members = [outcome for outcome in outcomes if outcome[0].family == family]
         for data, result in members:

@@ -10,6 +10,9 @@ from typing import Any
 from moa.report.page import render, tinted, write_page
 from moa.spans.plan import SpanPlan
 
+MEASURED = {"losses_of_all": "{:.4f}", "accuracies_of_all": "{:.1%}", "kv_densities_of_all": "{:.1%}"}
+"""What a validation says about every plan."""
+
 
 def write_report(path: str | Path, plan: SpanPlan, front: Sequence[SpanPlan] = (), length: int = 8192) -> Path:
     """Write a self-contained page.
@@ -63,18 +66,11 @@ def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any] | None:
                 f"{place:02}" + (" (chosen)" if place == chosen else ""),
                 entry.searched.get("kind", ""),
                 *(f"{loss:.4g}" for loss in row),
-                _at(validation, "losses_of_all", place, "{:.4f}"),
-                _at(validation, "accuracies_of_all", place, "{:.1%}"),
-                _at(validation, "kv_densities_of_all", place, "{:.1%}"),
+                *(form.format(validation[key][place]) if key in validation else "" for key, form in MEASURED.items()),
             ]
             for place, (entry, row) in enumerate(zip(front, losses, strict=True))
         ],
     }
-
-
-def _at(validation: dict[str, Any], key: str, place: int, form: str) -> str:
-    values = validation.get(key)
-    return "" if values is None else form.format(values[place])
 
 
 def _verdict(plan: SpanPlan) -> str:

@@ -12,7 +12,7 @@ from pydantic import field_validator
 from moa.choices import check_choice, check_names, named
 from moa.data.templates import TemplateName
 from moa.recipes import find
-from moa.settings import Range, Several, knob, load, settings
+from moa.settings import Several, knob, load, settings
 from moa.studies.methods import Budgets, Method, check_budgets
 from moa.studies.metrics import METRICS
 from moa.training.recipe import Recipe
@@ -29,18 +29,18 @@ class StudyData:
     then: list[Several[str]] = knob(
         list, "sources of later stages: each is learned on top of what the stage before left"
     )
-    train_rows: int | None = knob(None, "at most this many rows of each source", within=Range(1))
-    validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", within=Range(1))
+    train_rows: int | None = knob(None, "at most this many rows of each source", ge=1)
+    validation_rows: int = knob(440, "rows held out from training, for choosing learning rates only", ge=1)
     test: Several[str] = knob(
         lambda: ["tasks:all"],
         "sources to evaluate on, as in `moa eval`; also long:TASK@TOKENS (lines, needle, copying, facts) and running "
         "text, text:NAME@TOKENS (manual, novels, a file)",
     )
-    test_rows: int | None = knob(100, "at most this many rows or windows of each test set", within=Range(2))
+    test_rows: int | None = knob(100, "at most this many rows or windows of each test set", ge=2)
     template: TemplateName = knob("short", "prompt template")
-    max_length: int = knob(128, "tokens of prompt and answer together in training", within=Range(8))
-    max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", within=Range(1))
-    seed: int = knob(0, "of the draw of rows", within=Range(0, 2**32 - 1))
+    max_length: int = knob(128, "tokens of prompt and answer together in training", ge=8)
+    max_new_tokens: int | None = knob(None, "longest answer; by the kind of the answers if empty", ge=1)
+    seed: int = knob(0, "of the draw of rows", ge=0, le=2**32 - 1)
 
 
 @settings
@@ -50,11 +50,11 @@ class Calibration:
     source: str = knob("tasks:lines,needle,copying", "texts with questions, as data.source of a span recipe")
     lengths: Several[int] = knob(lambda: [512, 1024], "profiled lengths, tokens")
     extend: Several[int] = knob(list, "lengths bounded but not profiled, tokens")
-    validate_length: int = knob(2048, "longer length at which the search's plans are compared", within=Range(1))
-    items: int = knob(24, "calibration items per profiled length", within=Range(1))
-    validate_items: int = knob(12, "items of the longer length", within=Range(1))
-    max_new_tokens: int = knob(32, "longest answer of the dense model", within=Range(1))
-    step: int = knob(128, "tokens between offsets of the search grid", within=Range(1))
+    validate_length: int = knob(2048, "longer length at which the search's plans are compared", ge=1)
+    items: int = knob(24, "calibration items per profiled length", ge=1)
+    validate_items: int = knob(12, "items of the longer length", ge=1)
+    max_new_tokens: int = knob(32, "longest answer of the dense model", ge=1)
+    step: int = knob(128, "tokens between offsets of the search grid", ge=1)
 
 
 @settings
@@ -119,14 +119,14 @@ class Study:
     base: str = knob("embedded", "base model: smollm2, a folder, a .gguf file, owner/name on the hub, or embedded")
     data: StudyData = knob(StudyData, "a section")
     calibration: Calibration = knob(Calibration, "a section")
-    steps: int = knob(300, "optimizer steps of every stage of every cell", within=Range(2))
-    batch_size: int = knob(32, "rows per step, and per batch of the evaluation", within=Range(1))
+    steps: int = knob(300, "optimizer steps of every stage of every cell", ge=2)
+    batch_size: int = knob(32, "rows per step, and per batch of the evaluation", ge=1)
     seeds: Several[int] = knob(lambda: [0, 1, 2, 3, 4], "of initial weights and data order; paired between methods")
-    tolerance: float = knob(0.01, "how far trained parameters may be off the budget", within=Range(0, 0.5))
+    tolerance: float = knob(0.01, "how far trained parameters may be off the budget", ge=0, le=0.5)
     metrics: Several[str] = knob(
         lambda: ["accuracy", "answer_loss"], "what is measured; the first decides claims that name none"
     )
-    snapshots: int = knob(3, "points of training at which the routers are looked at", within=Range(1))
+    snapshots: int = knob(3, "points of training at which the routers are looked at", ge=1)
     tuning: Tuning = knob(Tuning, "a section")
     training: dict[str, Any] = knob(dict, "other keys of a recipe, for all methods")
 
