@@ -149,8 +149,8 @@ def has(told: Mapping[str, Any], metric: str) -> bool:
     """Whether a metric is measured on a set, by what `about` says: of running text its loss, of answers
     that are one of a few the choice.
     """
-    if told["family"] == "text" or metric == "text_loss":
-        return told["family"] == "text" and metric == "text_loss"
+    if (told["family"] == "text") != (metric == "text_loss"):
+        return False
     return metric != "choice" or told["kind"] in KINDS
 
 
