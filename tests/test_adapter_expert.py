@@ -16,7 +16,7 @@ import moa
 from moa.adapters.members import experts_of, mixtures_of
 from moa.inspection.similarity import similarity
 from moa.studies.methods import Method
-from moa.studies.sizing import Size
+from moa.studies.sizing import Size, variants
 
 IDS = torch.arange(3, 31).reshape(2, 14)
 OUTPUT_ELSEWHERE = {"bloom": "adds the residual stream itself"}
@@ -111,7 +111,7 @@ def test_the_inspector_compares_it_and_its_copies():
 
 def test_a_study_grows_it():
     method = Method.from_tree("m", {"preset": "parallel-adapter", "experts": [{"kind": "adapter", "size": 4}]})
-    (sizable,) = method.variants(2)
+    (sizable,) = variants(method, 2)
     assert [(part.name, part.configured) for part in sizable.parts] == [("adapter size", 4)]
     experts = sizable.section([Size(6, raised=1)])["experts"]
     assert [(expert["kind"], expert["size"], expert["layers"]) for expert in experts] == [

@@ -9,8 +9,8 @@ import pytest
 
 from moa.evaluation.models import load
 from moa.evaluation.sets import evaluate_sets, load_all
+from moa.studies.divided import evaluate_on
 from moa.studies.engine import Engine
-from moa.studies.evaluations import evaluate_on
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from moa.cli.keys import KINDS, class_of, flags
 from moa.cli.options import Template
 from moa.data import TEMPLATE_NAMES, TEMPLATES
 from moa.recipes import find, names
-from moa.settings import Range, Several, describe, knob, load, read, save, schema, settings
+from moa.settings import Several, describe, knob, load, read, save, schema, settings
 from moa.studies.study import Study
 from moa.training.recipe import Recipe
 
@@ -26,7 +26,7 @@ METHODS = {"methods": {"soft-moa": None}, "budgets": [1000]}
 class Oven:
     """A section."""
 
-    degrees: int = knob(180, "of Celsius", within=Range(0, 300, open_low=True))
+    degrees: int = knob(180, "of Celsius", gt=0, le=300)
     fan: bool = knob(False, "whether it blows")
 
 

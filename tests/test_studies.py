@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,16 @@ from moa.evaluation.results import PACKAGES, write
 from moa.evaluation.retrieval import text_losses
 from moa.studies import cells as grid
 from moa.studies.budget import fit
-from moa.studies.cells import TEST, Cell, check_versions
-from moa.studies.conduct import conduct, job_of, seconds_for
-from moa.studies.data import load
+from moa.studies.cells import TEST, Cell
+from moa.studies.conduct import conduct, seconds_for
+from moa.studies.data import has, load
 from moa.studies.engine import Engine
 from moa.studies.methods import Method
-from moa.studies.plan import Plan, plan
+from moa.studies.plan import Plan, check_versions, plan
 from moa.studies.report import markdown, write_report, write_results
 from moa.studies.results import gather
 from moa.studies.runner import run
 from moa.studies.study import Study, StudyData
-from moa.studies.verdicts import has
 from moa.training.base import load_base
 from moa.versions import versions
 
@@ -86,8 +85,8 @@ def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_study_survives_being_written_and_read(tree):
-    study = Study.from_tree(tree)
-    assert Study.from_tree(json.loads(json.dumps(study.to_dict()))) == study
+    study = Study(**tree)
+    assert Study(**json.loads(json.dumps(asdict(study)))) == study
     assert study.methods["nested"].changes == {"copies": 2}
     assert study.methods["lora"].preset == "lora"
 
@@ -95,8 +94,8 @@ def test_a_study_survives_being_written_and_read(tree):
 @pytest.mark.parametrize(("budget", "written"), [(8000.0, "8000"), (8000, "8000"), (0.5, "0.5")])
 def test_a_methods_own_budgets_are_written_as_the_studys(tree, budget, written):
     methods = {"dense": {"spans": "dense", "budgets": [budget]}}
-    study = Study.from_tree(tree | {"budgets": [budget], "methods": methods, "claims": []})
-    for one in (study, Study.from_tree(json.loads(json.dumps(study.to_dict())))):
+    study = Study(**tree | {"budgets": [budget], "methods": methods, "claims": []})
+    for one in (study, Study(**json.loads(json.dumps(asdict(study))))):
         assert [cell.name for cell in grid.tests(one, ["dense"], {("dense", budget): 0.0})] == [
             f"test-dense-{written}-s0",
             f"test-dense-{written}-s1",
@@ -130,7 +129,8 @@ def test_committed_studies_are_valid(name):
         ({"methods": {}}, "methods is empty"),
         ({"methods": {"soft-mao": None}}, "methods.soft-mao: there is no preset .*did you mean 'soft-moa'"),
         ({"methods": {"lora": {"rnk": 3}}}, "methods.lora: .*'rnk'"),
-        ({"methods": {"lora": {"grow": ["prompt"]}}}, "methods.lora: nothing can grow"),
+        ({"methods": {"lora": {"grow": ["prompt"]}}}, r"methods.lora: grow='prompt' is not one of \['lora'\]"),
+        ({"methods": {"ia3": {"preset": "lora", "experts": ["ia3"]}}}, "methods.ia3: nothing can grow"),
         ({"methods": {"soft-moa": {"grow": ["lroa"]}}}, "methods.soft-moa: grow='lroa'.*did you mean 'lora'"),
         ({"methods": {"lora": {"budgets": [7]}}}, "methods.lora: budgets names 7"),
         ({"methods": {"lora": 4}}, "methods.lora=4 must be a section"),
@@ -140,9 +140,9 @@ def test_committed_studies_are_valid(name):
         ({"methods": {"lora": {"budgets": ["many"]}}}, r"methods.lora: budgets\[0\]='many' must be a number"),
         ({"methods": {"lora": {"spans": [1]}}}, r"methods.lora: spans=\[1\] must be text"),
         ({"methods": [1]}, "methods must be a mapping"),
-        ({"claims": [{"better": "soft-moa", "than": ["molora"]}]}, "than='molora' is not one of"),
+        ({"claims": [{"better": "soft-moa", "than": ["molora"]}]}, "claims: than='molora' is not one of"),
         ({"claims": [{"better": "soft-moa", "than": ["soft-moa"]}]}, "better than itself"),
-        ({"claims": [{"better": "lora"}]}, "names no rival"),
+        ({"claims": [{"better": "lora"}]}, r"claims: than=\[\] must be a list of"),
         ({"claims": 3}, "claims must be a list"),
         ({"claims": [{"better": "lora", "than": ["nested"], "budgets": [5]}]}, "claims: budgets names 5"),
         ({"claims": [{"beter": "lora"}]}, "did you mean 'better'"),
@@ -230,7 +230,7 @@ def test_what_cannot_be_met_says_what_can():
 
 
 def test_a_study_names_all_methods_that_miss(tree):
-    study = Study.from_tree(tree | {"budgets": [600]})
+    study = Study(**tree | {"budgets": [600]})
     with pytest.raises(ValueError, match=r"(?s)soft-moa at 600: .*nested at 600: .*lora at 600: "):
         plan(study)
 
@@ -265,12 +265,12 @@ def test_rows_reach_training_as_they_were_read(tree, tmp_path):
 
 @pytest.fixture
 def planned(tree) -> Plan:
-    return plan(Study.from_tree(tree))
+    return plan(Study(**tree))
 
 
 def test_the_same_seed_gives_the_same_cell(planned):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
-    first, second = ({**run(job_of(planned, cell))} for _ in range(2))
+    first, second = ({**run(planned.job(cell))} for _ in range(2))
     for timing in ("seconds", "cpu_seconds", "step_seconds", "peak_memory_mib"):
         assert first.pop(timing)
         assert second.pop(timing)
@@ -283,23 +283,23 @@ def test_the_same_seed_gives_the_same_cell(planned):
     assert set(block["gate"]) == {"q", "k", "v", "prompt", "o", "down", "parallel"}
     assert all(share == 1.0 for share in block["active"].values())
     assert block["dead"] == []
-    other = run(job_of(planned, Cell(TEST, "soft-moa", 8000, 1, 0.01)))
+    other = run(planned.job(Cell(TEST, "soft-moa", 8000, 1, 0.01)))
     assert other["sets"] != first["sets"]
-    assert not Path(job_of(planned, cell).recipes[0].output).exists()
+    assert not Path(planned.job(cell).recipes[0].output).exists()
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_methods_of_peft_run_the_same_way(tree, name):
     tree |= {"methods": {"yardstick": {"preset": name}}, "claims": [], "tolerance": 0.1, "budgets": [9000]}
-    planned = plan(Study.from_tree(tree))
-    result = run(job_of(planned, Cell(TEST, "yardstick", 9000, 0, 0.01)))
+    planned = plan(Study(**tree))
+    result = run(planned.job(Cell(TEST, "yardstick", 9000, 0, 0.01)))
     assert result["routing"] == []
     assert np.isfinite(result["sets"]["asked"]["answer_loss"]).all()
     assert result["step_seconds"] > 0
 
 
 def test_a_run_that_diverges_is_a_result(planned):
-    job = job_of(planned, Cell(TEST, "lora", 8000, 0, 1.0))
+    job = planned.job(Cell(TEST, "lora", 8000, 0, 1.0))
     for expert in job.recipes[0].adapter["experts"]:
         expert["alpha"] = 1e30
     result = run(job)
@@ -310,12 +310,11 @@ def test_a_run_that_diverges_is_a_result(planned):
 
 def keep(planned: Plan, cell: Cell, result: dict[str, Any]) -> None:
     """A cell's file, as a worker writes it."""
-    write(planned.store.path(cell), {"configuration": planned.configuration(cell)} | result)
+    write(planned.path(cell), {"configuration": planned.configuration(cell)} | result)
 
 
 def test_only_a_cell_of_the_same_configuration_counts(planned, tree):
     cell = Cell(TEST, "lora", 8000, 0, 0.01)
-    store = planned.store
     assert planned.finished([cell]) == {}
     keep(planned, cell, {"answer": 42})
     assert planned.finished([cell])[cell]["answer"] == 42
@@ -324,12 +323,12 @@ def test_only_a_cell_of_the_same_configuration_counts(planned, tree):
         {"training": {"weight_decay": 0.5}},
         {"methods": {"lora": {"alpha": 9}}, "claims": []},
     ):
-        assert plan(Study.from_tree(tree | change)).finished([cell]) == {}
-    assert plan(Study.from_tree(tree | {"title": "Another", "seeds": [0, 1, 2]})).finished([cell])
+        assert plan(Study(**tree | change)).finished([cell]) == {}
+    assert plan(Study(**tree | {"title": "Another", "seeds": [0, 1, 2]})).finished([cell])
     file = Path(tree["data"]["train"][0])
     file.write_text(file.read_text() + json.dumps({"instruction": "new", "output": "row"}) + "\n")
-    assert plan(Study.from_tree(tree)).finished([cell]) == {}
-    store.path(cell).write_text('{"configuration": {')
+    assert plan(Study(**tree)).finished([cell]) == {}
+    planned.path(cell).write_text('{"configuration": {')
     assert planned.finished([cell]) == {}
 
 
@@ -356,8 +355,8 @@ def test_a_method_may_have_rates_of_its_own(tree):
         "nested": {"preset": "molora", "copies": 2},
     }
     tree["methods"]["nested"]["learning_rates"] = [0.1, 0.2]
-    study = Study.from_tree(tree)
-    assert Study.from_tree(study.to_dict()) == study
+    study = Study(**tree)
+    assert Study(**asdict(study)) == study
     methods = list(study.methods)
     tries = grid.tries(study, methods)
     assert {(cell.method, cell.learning_rate) for cell in tries} == {
@@ -369,7 +368,7 @@ def test_a_method_may_have_rates_of_its_own(tree):
     with pytest.raises(
         ValueError, match=r"methods.lora: learning_rates=\[0.02, 0.02\] must list one or more different"
     ):
-        Study.from_tree(tree)
+        Study(**tree)
 
 
 def test_time_left_is_the_mean_of_cells_alike():
@@ -406,27 +405,27 @@ def staged(tree, tmp_path) -> dict[str, Any]:
 
 
 def test_a_later_stage_goes_on_from_what_the_first_left(staged, tmp_path):
-    planned = plan(Study.from_tree(staged))
+    planned = plan(Study(**staged))
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
     assert [len(rows) for rows in planned.rows.stages] == [34, 18]
     assert len(planned.rows.validation) == 8
-    both = run(job_of(planned, cell))
-    first = plan(Study.from_tree(staged | {"data": staged["data"] | {"then": []}}))
+    both = run(planned.job(cell))
+    first = plan(Study(**staged | {"data": staged["data"] | {"then": []}}))
     # Other validation rows would be another first stage.
-    alone = replace(job_of(planned, cell), recipes=job_of(planned, cell).recipes[:1])
+    alone = replace(planned.job(cell), recipes=planned.job(cell).recipes[:1])
     assert first.configuration(cell) != planned.configuration(cell)
     once = run(alone)
     assert both["stages"] == [{"sets": once["sets"]}]
     assert both["sets"] != once["sets"]
     assert [state["step"] for state in both["routing"]] == [2, 3, 5, 6]
     assert both["routing"][:2] == once["routing"]
-    afresh = run(replace(alone, recipes=job_of(planned, cell).recipes[1:]))
+    afresh = run(replace(alone, recipes=planned.job(cell).recipes[1:]))
     assert afresh["sets"] != both["sets"]
 
 
 def test_running_text_has_a_loss_for_every_window(staged, tmp_path):
-    planned = plan(Study.from_tree(staged))
-    result = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))
+    planned = plan(Study(**staged))
+    result = run(planned.job(Cell(TEST, "base", 8000, 0, 0.0)))
     text = result["sets"]["plain-32"]
     model, tokenizer = load_base(staged["base"], "float32")
     losses = text_losses(model, tokenizer, planned.rows.texts[0])
@@ -439,7 +438,7 @@ def test_running_text_has_a_loss_for_every_window(staged, tmp_path):
 
 
 def test_a_base_without_training_stands_beside_the_methods(staged, tmp_path):
-    planned = plan(Study.from_tree(staged))
+    planned = plan(Study(**staged))
     assert not any(cell.method == "base" for cell in grid.tries(planned.study, planned.methods))
     assert planned.fits["base", 8000].trained == 0
     failures = conduct(planned, engine=Engine(), progress=lambda state: None)
@@ -462,11 +461,9 @@ def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
     rows = [{"instruction": f"Is {n} odd? true/false", "output": str(n % 2 == 1).lower()} for n in range(6)]
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
-    study = Study.from_tree(
-        tree | {"data": data, "metrics": ["choice"], "methods": {"base": {"preset": "none"}}, "claims": []}
-    )
+    study = Study(**tree | {"data": data, "metrics": ["choice"], "methods": {"base": {"preset": "none"}}, "claims": []})
     planned = plan(study)
-    sets = run(job_of(planned, Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
+    sets = run(planned.job(Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
     assert "choice" not in sets["asked"]
     assert set(sets["odd"]["choice"]) <= {0, 1}
     model, tokenizer = load_base(tree["base"], "float32")
@@ -489,7 +486,7 @@ def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
 def test_wrong_texts_are_refused_before_the_first_cell(tree, change, message):
     tree |= change if "metrics" in change else {"data": tree["data"] | change["data"]}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        plan(Study.from_tree(tree))
+        plan(Study(**tree))
 
 
 def test_cells_of_other_versions_are_not_mixed_in_silently(planned):
@@ -543,7 +540,7 @@ def fabricate(planned: Plan, advantage: float) -> None:
     ("advantage", "outcome", "words"), [(0.5, "holds", "Yes."), (-0.5, "fails", "No."), (0, "open", "Not shown.")]
 )
 def test_the_page_states_the_verdict_whichever_way_it_falls(tree, tmp_path, advantage, outcome, words):
-    planned = plan(Study.from_tree(tree | {"seeds": list(range(8))}))
+    planned = plan(Study(**tree | {"seeds": list(range(8))}))
     fabricate(planned, advantage)
     results = gather(planned)
     (claim,) = results["claims"]
@@ -574,7 +571,7 @@ def test_committed_results_still_make_a_page(name, tmp_path):
 
 
 def test_a_run_that_diverged_has_no_windows(staged):
-    planned = plan(Study.from_tree(staged | {"tuning": {"learning_rates": [0.01]}}))
+    planned = plan(Study(**staged | {"tuning": {"learning_rates": [0.01]}}))
     text = {"family": "text", "kind": "text", "chance": None}
     asked = {"family": "other", "kind": "number", "chance": None, "rows": 2}
     common = {"step_seconds": None, "peak_memory_mib": 1.0, "versions": {}, "routing": []}
@@ -592,7 +589,7 @@ def test_a_run_that_diverged_has_no_windows(staged):
 
 def test_a_claim_may_name_the_metric_that_decides_it(tree):
     tree["claims"].append(tree["claims"][0] | {"metric": "answer_loss"})
-    planned = plan(Study.from_tree(tree | {"seeds": list(range(8))}))
+    planned = plan(Study(**tree | {"seeds": list(range(8))}))
     fabricate(planned, 0.5)
     by_accuracy, by_loss = gather(planned)["claims"]
     assert (by_accuracy["outcome"], by_accuracy["unit"]) == ("holds", "points")
@@ -601,7 +598,7 @@ def test_a_claim_may_name_the_metric_that_decides_it(tree):
 
 def test_an_unfinished_study_says_so(planned, tmp_path):
     fabricate(planned, 0)
-    planned.store.path(Cell(TEST, "lora", 8000, 1, 0.01)).unlink()
+    planned.path(Cell(TEST, "lora", 8000, 1, 0.01)).unlink()
     results = gather(planned)
     assert results["missing_cells"] == 1
     assert results["claims"][0]["missing"] == [{"budget": 8000, "rival": "lora"}]

@@ -79,7 +79,7 @@ def process_of(planned: Plan) -> psutil.Process:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_worker_costs_its_own_cell(tree, tmp_path):
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
 
     def kill() -> None:
         soon(lambda: training(planned))
@@ -94,7 +94,7 @@ def test_a_killed_worker_costs_its_own_cell(tree, tmp_path):
     kept = sets_of(planned)
     assert sorted(kept) == [f"test-lora-8000-s{seed}" for seed in (1, 2)]
     assert conduct(planned, engine=Engine(), progress=lambda state: None) == []
-    unbroken = plan(Study.from_tree(tree | {"output": str(tmp_path / "again")}))
+    unbroken = plan(Study(**tree | {"output": str(tmp_path / "again")}))
     assert conduct(unbroken, engine=Engine(), progress=lambda state: None) == []
     assert sets_of(planned) == sets_of(unbroken)
     assert kept.items() <= sets_of(planned).items()
@@ -109,7 +109,7 @@ def test_a_lost_machine_costs_its_cells_another_start(tree, tmp_path, monkeypatc
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_worker_niceness", "0")  # on a busy machine the usual 15 gets no time at all
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
     lost: list[str] = []
@@ -130,7 +130,7 @@ def test_a_lost_machine_costs_its_cells_another_start(tree, tmp_path, monkeypatc
     finally:
         ray.shutdown()
         cluster.shutdown()
-    here = plan(Study.from_tree(tree | {"output": str(tmp_path / "here")}))
+    here = plan(Study(**tree | {"output": str(tmp_path / "here")}))
     assert conduct(here, engine=Engine(), progress=lambda state: None) == []
     assert len(sets_of(here)) == 3
     assert sets_of(planned) == sets_of(here)

@@ -16,7 +16,7 @@ from moa.evaluation.retrieval import text_losses
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.baselines import uniform_window
 from moa.studies.cells import TEST, Cell
-from moa.studies.conduct import conduct, job_of
+from moa.studies.conduct import conduct
 from moa.studies.engine import Engine
 from moa.studies.plan import Plan, plan
 from moa.studies.report import markdown, write_report
@@ -45,11 +45,11 @@ def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def result_of(planned: Plan, method: str) -> dict[str, Any]:
-    return run(job_of(planned, Cell(TEST, method, planned.study.budgets[0], 0, 0.0)))
+    return run(planned.job(Cell(TEST, method, planned.study.budgets[0], 0, 0.0)))
 
 
 def test_a_plan_is_measured_as_it_is_used(tree, tiny_base):
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     found = {method: result_of(planned, method)["sets"] for method in ("dense", "uniform")}
     (data,), (text,) = planned.rows.sets, planned.rows.texts
     model, tokenizer = load_base(str(tiny_base), "float32")
@@ -69,7 +69,7 @@ def test_a_plan_is_measured_as_it_is_used(tree, tiny_base):
 
 
 def test_it_ends_in_the_same_table_and_page(tree, tmp_path):
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     assert conduct(planned, engine=Engine(), progress=lambda state: None) == []
     results = gather(planned)
     assert results["claims"][0]["comparisons"][0]["budget"] == 0.5
@@ -98,9 +98,9 @@ def test_an_adapter_may_learn_under_a_plan_and_be_measured_under_another(tree, t
         },
         "claims": [],
     }
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     cells = {method: Cell(TEST, method, 8000, 0, 0.01) for method in planned.methods}
-    texts = {method: run(job_of(planned, cell))["sets"]["plain-256"] for method, cell in cells.items()}
+    texts = {method: run(planned.job(cell))["sets"]["plain-256"] for method, cell in cells.items()}
     assert {method: text.get("kv_share") for method, text in texts.items()} == {
         "under": 0.5,
         "practice": 0.5,
@@ -109,7 +109,7 @@ def test_an_adapter_may_learn_under_a_plan_and_be_measured_under_another(tree, t
     assert len({tuple(text["text_loss"]) for text in texts.values()}) == 3
     before = {method: planned.configuration(cell) for method, cell in cells.items()}
     file.write_bytes(other.read_bytes())  # another plan of the same name: cells have to be run again
-    again = plan(Study.from_tree(tree))
+    again = plan(Study(**tree))
     assert all(again.configuration(cell) != before[method] for method, cell in cells.items())
 
 
@@ -138,13 +138,13 @@ def test_a_press_acts_on_answers_one_by_one_and_has_no_losses(tree, monkeypatch)
 
     monkeypatch.setattr("moa.evaluation.accuracy.generate", generate)
     tree["methods"]["snapkv"] = {"spans": "kvpress:SnapKVPress"}
-    sets = result_of(plan(Study.from_tree(tree | {"budgets": [0.25]})), "snapkv")["sets"]
+    sets = result_of(plan(Study(**tree | {"budgets": [0.25]})), "snapkv")["sets"]
     assert seen == [(True, 1)]
     assert {ratio for _, ratio in made} == {0.75}
     assert set(sets["lines-256"]) == {"family", "kind", "chance", "rows", "accuracy", "kv_share"}
     assert "text_loss" not in sets["plain-256"]
     tree["methods"]["wrong"] = {"spans": "kvpress:SnapPress"}
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     with pytest.raises(ValueError, match="kvpress has no 'SnapPress'"):
         result_of(planned, "wrong")
 
@@ -152,7 +152,7 @@ def test_a_press_acts_on_answers_one_by_one_and_has_no_losses(tree, monkeypatch)
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"spans": "serached"}, r"spans='serached' is not one of .*did you mean 'searched'.*kvpress:CLASS"),
+        ({"spans": "serached"}, r"spans='serached' is not one of .*kvpress:CLASS.*did you mean 'searched'"),
         ({"preset": "lora", "spans": "searched"}, r".*a budget is one or the other\. Make the plan first"),
         ({"preset": "lora"}, r"its budgets must be numbers of trained parameters, not \[0.5\]"),
         ({"spans": "uniform", "r": 3}, r"preset 'none' trains nothing, so it takes no \['r'\]"),
@@ -160,18 +160,18 @@ def test_a_press_acts_on_answers_one_by_one_and_has_no_losses(tree, monkeypatch)
 )
 def test_what_does_not_go_together_is_refused(tree, method, message):
     with pytest.raises(ValueError, match=f"methods.wrong: {message}"):
-        Study.from_tree(tree | {"methods": {"wrong": method}, "claims": []})
+        Study(**tree | {"methods": {"wrong": method}, "claims": []})
 
 
 def test_numbers_of_parameters_are_no_shares(tree):
     with pytest.raises(ValueError, match=r"methods\.uniform: its budgets must be shares of the KV cache"):
-        Study.from_tree(tree | {"budgets": [8000]})
+        Study(**tree | {"budgets": [8000]})
 
 
 def test_a_missing_plan_stops_a_study_before_it_starts(tree):
     tree["methods"] = {"mine": {"spans": "nowhere.json"}}
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
-        plan(Study.from_tree(tree | {"claims": []}))
+        plan(Study(**tree | {"claims": []}))
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_searched_plan_is_made_once_per_seed(tree):
         "methods": {"searched": {"spans": "searched"}, "two-class": {"spans": "two-class"}},
         "claims": [],
     }
-    planned = plan(Study.from_tree(tree))
+    planned = plan(Study(**tree))
     first = result_of(planned, "searched")
     files = {path: path.read_bytes() for path in (planned.folder / "spans" / "seed-0").glob("*.*")}
     assert {path.name for path in files} >= {"calibration.jsonl", "plan-0.5.json", "influence-256.safetensors"}

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 import moa.cli
 from moa.cli import app
-from moa.cli.bench import _bar
 from moa.cli.tables import accuracy_table, progress_bar
 from moa.cli.terminal import terminal
 
@@ -45,11 +44,10 @@ def test_names_in_tables_are_printed_as_they_are(name: str, capsys: pytest.Captu
     assert f"mean of {name} family" in written
 
 
-@pytest.mark.parametrize("made", [progress_bar, _bar])
 @pytest.mark.parametrize("name", ODD)
-def test_names_in_bars_are_printed_as_they_are(name: str, made, capsys: pytest.CaptureFixture[str]):
-    bar = made(terminal())
-    bar.add_task(name, total=1, left="")
+def test_names_in_bars_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]):
+    bar = progress_bar(terminal())
+    bar.add_task(name, total=1)
     terminal().print(bar.get_renderable())
     assert name in capsys.readouterr().out
 

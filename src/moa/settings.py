@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from moa.choices import named, nearest
 from moa.extras import extra
@@ -45,28 +45,17 @@ Several = Annotated[
 """A list; one value alone may be written without brackets."""
 
 
-class Range(NamedTuple):
-    """Limits of a number; ``open_low`` excludes the lower one."""
-
-    low: float
-    high: float = float("inf")
-    open_low: bool = False
-
-
-def knob(default: Any, doc: str, *, within: Range | None = None) -> Any:
+def knob(default: Any, doc: str, **limits: float) -> Any:
     """A field with its documentation.
 
     Args:
         default: a value, or for lists, mappings and sections a function that makes one.
         doc: for the help page and the schema.
-        within: limits of a number.
+        limits: of a number: ``gt``, ``ge``, ``lt``, ``le``.
     """
     options: dict[str, Any] = {"default_factory" if callable(default) else "default": default, "description": doc}
-    if within is not None:
-        options |= {"gt" if within.open_low else "ge": within.low, "strict": True}
-        options |= {} if within.high == float("inf") else {"le": within.high}
-    elif isinstance(default, bool):
-        options["strict"] = True
+    if limits or isinstance(default, bool):
+        options |= {"strict": True, **limits}
     return Field(**options)
 
 
@@ -118,7 +107,10 @@ def read(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(text)
     except Exception as error:  # PyYAML's, or whatever a tag like !!bool makes of a wrong text there
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
-    return _mapping("the file", {} if tree is None else _numbers(tree))
+    found = {} if tree is None else _numbers(tree)
+    if not isinstance(found, dict):
+        raise ValueError(f"the file must be a mapping of keys to values, not {found!r}")
+    return found
 
 
 def save(values: Any, path: Path) -> None:
@@ -220,9 +212,3 @@ def _numbers(tree: Any, depth: int = 0, count: Iterator[int] | None = None) -> A
         return tree
     number = float(tree)
     return int(number) if number.is_integer() else number
-
-
-def _mapping(what: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} must be a mapping of keys to values, not {given!r}")
-    return dict(given)

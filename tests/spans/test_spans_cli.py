@@ -143,7 +143,7 @@ def test_several_workers_measure_the_same(done, recipe, tiny_base, tmp_path, mon
     folder, _ = done
     shutil.copy(folder / "calibration.jsonl", tmp_path)
     given = ("spans", "profile", recipe, "--base", tiny_base, "--output", tmp_path, "--lengths", "[192]")
-    monkeypatch.setattr("moa.studies.influence.TOGETHER", 1)
+    monkeypatch.setattr("moa.studies.divided.TOGETHER", 1)
     assert "['local', 'ray']" in moa(*given, "--engine", "dask", code=2)
     assert "length 192: 2 items" in moa(*given, "--workers", 2)
     ours, theirs = (Influence.load(at / "influence" / "length-192.safetensors") for at in (tmp_path, folder))

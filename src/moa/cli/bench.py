@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from moa.cli.keys import flags
 from moa.cli.options import AddressOption, EngineOption, WorkersOption
+from moa.cli.tables import progress_bar
 from moa.cli.terminal import terminal
 
 
@@ -60,7 +62,7 @@ def bench(
     with alone(planned.folder):
         save(resolved, planned.folder / "study.yaml")
         try:
-            with _bar(console) as bar:
+            with progress_bar(console, TextColumn("{task.fields[left]}")) as bar:
                 line = bar.add_task("", total=None, left="")
                 failures = conduct(
                     planned, engine=where, any_version=any_version, progress=lambda state: _advance(bar, line, state)
@@ -70,19 +72,6 @@ def bench(
     if failures:
         shown = "\n  ".join(f"{failure.message} ({failure.log})" for failure in failures[:5])
         raise TrainingStopped(f"{len(failures)} cells failed; give the command again to retry them:\n  {shown}")
-
-
-def _bar(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-    )
 
 
 def _advance(bar: Any, line: Any, state: Any) -> None:
@@ -100,31 +89,30 @@ def _show_plan(console: Console, planned: Any, workers: int) -> None:
     from moa.studies.conduct import seconds_for, trial_seconds
 
     study = planned.study
-    table = Table("method", title=f"{study.title}: trained parameters and sizes", title_justify="left", box=None)
-    for column in ("budget", "trained", "off", "sizes"):
-        table.add_column(column, justify="left" if column == "sizes" else "right")
+    title = f"{study.title}: trained parameters and sizes"
+    numbers = [Column(name, justify="right") for name in ("budget", "trained", "off")]
+    table = Table("method", *numbers, "sizes", title=title, title_justify="left", box=None)
     for (name, budget), fitted in planned.fits.items():
         off = f"{fitted.trained / budget - 1:+.2%}" if fitted.trained else ""
         table.add_row(name, f"{budget:,}", f"{fitted.trained:,}", off, _sizes(fitted.sizes))
     console.print(table)
-    tries = grid.tries(study, planned.methods)
     rates = planned.rates(planned.methods)
-    tests = grid.tests(study, planned.methods, rates or {key: study.tuning.learning_rates[0] for key in planned.fits})
-    done = planned.finished(tries) | (planned.finished(tests) if rates else {})
-    left = {"tries": [c for c in tries if c not in done], "tests": [c for c in tests if c not in done]}
-    for name, cells in (("to choose learning rates", tries), ("to compare", tests)):
-        finished = sum(cell in done for cell in cells)
-        console.print(f"{len(cells)} cells {name}, {finished} of them done")
-    if not left["tries"] and not left["tests"]:
+    tries = grid.tries(study, planned.methods)
+    tests = grid.tests(study, planned.methods, rates or planned.first_rates)
+    done = planned.finished([*tries, *(tests if rates else [])])
+    for purpose, cells in (("to choose learning rates", tries), ("to compare", tests)):
+        console.print(f"{len(cells)} cells {purpose}, {sum(cell in done for cell in cells)} of them done")
+    left = [cell for cell in (*tries, *tests) if cell not in done]
+    if not left:
         return
     with console.status(Text(f"timing a few steps of {planned.methods[0]}")):
         one_try, one_test = trial_seconds(planned, planned.methods[0])
-    total = len(left["tries"]) * one_try + len(left["tests"]) * one_test
+    total = sum(one_try if cell.purpose == grid.TRY else one_test for cell in left)
     console.print(
         f"about {duration(one_try)} a try and {duration(one_test)} a comparison cell, from a few steps of "
         f"{planned.methods[0]}; about {duration(total / workers)} in all with {workers} worker{'s' * (workers > 1)}"
     )
-    if known := seconds_for([*left["tries"], *left["tests"]], done, workers):
+    if known := seconds_for(left, done, workers):
         console.print(f"about {duration(known)} in all, from the cells that are done")
 
 

@@ -22,6 +22,7 @@ from moa.cli.options import (
     TemplateOption,
     WorkersOption,
     check_places,
+    elsewhere,
 )
 from moa.cli.tables import accuracy_table, progress_bar
 from moa.cli.terminal import terminal
@@ -57,6 +58,7 @@ def eval(
         `moa eval runs/my-adapter --workers 4`
     """
     check_places(adapter, spans)
+    where = elsewhere(engine, workers, address)
     from moa.evaluation.results import as_json, family_means, write
     from moa.evaluation.sets import load_all
 
@@ -64,25 +66,15 @@ def eval(
     sets = load_all(sources, limit=limit, seed=seed, max_new_tokens=max_new_tokens)
     model = {"adapter": adapter, "base": base, "dtype": dtype, "template": template, "spans": spans}
     console = terminal()
-    if workers is None and engine == "local":
+    if where is None:
         outcomes, about = _one_after_the_other(console, sets, model, batch_size)
     else:
         logs = Path(f"{output.with_suffix('')}-logs" if output else tempfile.mkdtemp(prefix="moa-eval-"))
-        outcomes, about = _in_processes(console, sets, model, batch_size, logs, (engine, workers, address))
+        outcomes, about = _in_processes(console, sets, model, batch_size, logs, where)
     console.print(accuracy_table(outcomes, family_means(outcomes)))
     if output is not None:
-        settings = {
-            "base": about["base"],
-            "adapter": adapter,
-            "spans": spans,
-            "data": sources,
-            "limit": limit,
-            "seed": seed,
-            "template": about["template"],
-            "batch_size": batch_size,
-            "dtype": about["dtype"],
-            "decoding": "greedy",
-        }
+        asked = {"adapter": adapter, "spans": spans, "data": sources, "limit": limit, "seed": seed}
+        settings = {**about, **asked, "batch_size": batch_size, "decoding": "greedy"}
         write(output, as_json(outcomes, settings))
         console.print(f"settings and every answer: {output}", soft_wrap=True)
 
@@ -109,13 +101,12 @@ def _one_after_the_other(console: Console, sets: list[Any], model: dict[str, Any
 
 
 def _in_processes(
-    console: Console, sets: list[Any], model: dict[str, Any], batch_size: int, logs: Path, where: tuple[Any, ...]
+    console: Console, sets: list[Any], model: dict[str, Any], batch_size: int, logs: Path, where: Any
 ) -> Outcomes:
-    from moa.studies.engine import Engine
-    from moa.studies.evaluations import evaluate_on
+    from moa.studies.divided import evaluate_on
 
     with progress_bar(console) as bar:
         line = bar.add_task("sets", total=len(sets))
         return evaluate_on(
-            Engine(*where), sets, model, batch_size=batch_size, logs=logs, told=lambda: bar.update(line, advance=1)
+            where, sets, model, batch_size=batch_size, logs=logs, told=lambda: bar.update(line, advance=1)
         )

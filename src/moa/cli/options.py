@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moa.places import existing
+
+if TYPE_CHECKING:
+    from moa.studies.engine import Engine
 
 
 class Dtype(StrEnum):
@@ -88,3 +91,12 @@ def check_places(adapter: str | None, spans: str | None = None) -> None:
         existing(adapter, "adapter")
     if spans not in (None, "none"):
         existing(str(spans), "span plan")
+
+
+def elsewhere(engine: str, workers: int | None, address: str | None) -> Engine | None:
+    """Where work goes that flags divide among processes; None: it stays in this one."""
+    if engine == "local" and workers is None:
+        return None
+    from moa.studies.engine import Engine
+
+    return Engine(engine, workers, address)

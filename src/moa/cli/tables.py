@@ -6,23 +6,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from moa.evaluation.results import Outcome
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with counts and time left, which disappears when it is done."""
+def progress_bar(console: Console, *left: ProgressColumn) -> Progress:
+    """A bar with counts and time left, which disappears when it is done; ``left`` says otherwise what is left."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        *(left or (TextColumn("left:"), TimeRemainingColumn())),
         console=console,
         transient=True,
     )
@@ -35,11 +42,8 @@ def accuracy_table(outcomes: Sequence[Outcome], means: dict[str, float]) -> Tabl
         outcomes: sets with their results.
         means: from `moa.evaluation.results.family_means`.
     """
-    table = Table(title="Accuracy (greedy)", title_justify="left")
-    table.add_column("set")
-    table.add_column("family")
-    for column in ("rows", "chance", "accuracy", "95 % interval"):
-        table.add_column(column, justify="right")
+    numbers = [Column(name, justify="right") for name in ("rows", "chance", "accuracy", "95 % interval")]
+    table = Table("set", "family", *numbers, title="Accuracy (greedy)", title_justify="left")
     for family in [name for name in means if name != "all"]:
         members = [outcome for outcome in outcomes if outcome[0].family == family]
         for data, result in members:

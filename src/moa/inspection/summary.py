@@ -42,19 +42,21 @@ def summary(found: Inspection) -> Summary:
     return Summary(
         dead=len(found.dead),
         columns=sum(len(router.columns) for router in found.pooled.routers),
-        used=_mean(share for router in own for share in router.used),
-        entropy=_mean(router.entropy for router in own),
-        copies_entropy=_mean(router.entropy for router in copies),
-        experts_cka=_mean(value for entry in found.similarity if entry.site is None for value in _pairs(entry.cka)),
-        copies_cka=_mean(value for entry in between_copies for value in _pairs(entry.cka)),
-        copies_cosine=_mean(value for entry in between_copies for value in _pairs(entry.cosine or [])),
+        used=known_mean(share for router in own for share in router.used),
+        entropy=known_mean(router.entropy for router in own),
+        copies_entropy=known_mean(router.entropy for router in copies),
+        experts_cka=known_mean(
+            value for entry in found.similarity if entry.site is None for value in _pairs(entry.cka)
+        ),
+        copies_cka=known_mean(value for entry in between_copies for value in _pairs(entry.cka)),
+        copies_cosine=known_mean(value for entry in between_copies for value in _pairs(entry.cosine or [])),
     )
 
 
 def mean_over_blocks(entries: Sequence[Similarity]) -> tuple[list[str], list[list[float | None]]]:
     """Names of all outputs in ``entries`` and the mean CKA of every pair over the blocks that have both."""
     names = list(dict.fromkeys(name for entry in entries for name in entry.names))
-    return names, [[_mean(_between(entry, left, right) for entry in entries) for right in names] for left in names]
+    return names, [[known_mean(_between(entry, left, right) for entry in entries) for right in names] for left in names]
 
 
 def _between(entry: Similarity, left: str, right: str) -> float | None:
@@ -67,6 +69,7 @@ def _pairs(matrix: Sequence[Sequence[float | None]]) -> list[float | None]:
     return [value for place, row in enumerate(matrix) for value in row[place + 1 :]]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """None if none is known."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None

@@ -13,12 +13,15 @@ from moa.inspection.collect import all_columns
 from moa.inspection.results import Example, Inspection, RouterStatistics, SetStatistics, Similarity, Strongest
 from moa.inspection.statistics import SOFT_LEVEL
 from moa.inspection.summary import mean_over_blocks, summary
-from moa.report.page import render, shade, write_page
+from moa.report.page import Cell, Markup, render, tinted, write_page
 
 COLOURS = 8
 """Experts have one of so many colours; their names stand beside, so that a ninth may share the first one's."""
 
 NOTHING = "–"
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str | Cell]]]
+"""Caption, head and rows, for the macro ``table``."""
 
 SUMMARY = {
     "dead": "dead experts and copies",
@@ -44,10 +47,10 @@ def write_report(path: str | Path, inspections: Sequence[Inspection]) -> tuple[P
     """
     numbers = Path(path).with_suffix(".json")
     short = [summary(found) for found in inspections]
-    lines = [(label, [_text(getattr(entry, key)) for entry in short]) for key, label in SUMMARY.items()]
+    lines = [[label, *(_text(getattr(entry, key)) for entry in short)] for key, label in SUMMARY.items()]
     body = render(
         "inspection.html",
-        summaries=[(label, values) for label, values in lines if set(values) != {NOTHING}],
+        summaries=[line for line in lines if {*line[1:]} != {NOTHING}],
         pages=[_page(f"a{place}", found) for place, found in enumerate(inspections, start=1)],
         dead_level=f"{100 * DEAD:g} %",
         soft_level=SOFT_LEVEL,
@@ -61,13 +64,12 @@ def write_report(path: str | Path, inspections: Sequence[Inspection]) -> tuple[P
 
 
 def _page(key: str, found: Inspection) -> dict[str, Any]:
-    sites = list(dict.fromkeys(router.site for router in found.pooled.routers))
     return {
         "key": key,
         "found": found,
         "gating": None if found.gating is None else _settings(found.gating),
-        "pooled": _tables(found.pooled, found.blocks, sites),
-        "sets": [{"set": entry, "tables": _tables(entry, found.blocks, sites)} for entry in found.sets],
+        "pooled": _tables(found.pooled, "all data sets", found),
+        "sets": [{"set": entry, "tables": _tables(entry, entry.name, found)} for entry in found.sets],
         "legend": [{"name": name, "colour": place % COLOURS} for place, name in enumerate(found.experts)],
         "examples": [_example(entry, found.experts) for entry in found.examples],
         "similarity": _similarity(found.similarity),
@@ -83,54 +85,54 @@ def _settings(gating: dict[str, Any]) -> str:
 # Gates
 
 
-def _tables(found: SetStatistics, blocks: int, sites: Sequence[str | None]) -> list[dict[str, Any]]:
-    """Two heat maps block x column for the block routers and for the copies of every site: mean gate, utilisation."""
-    tables = []
-    for site in sites:
+def _tables(found: SetStatistics, whose: str, inspection: Inspection) -> list[Table]:
+    """Heat maps block x column for the block routers and for the copies of every site: mean gate, utilisation."""
+    tables: list[Table] = []
+    for site in dict.fromkeys(router.site for router in inspection.pooled.routers):
         routers = {router.block: router for router in found.routers if router.site == site}
-        columns = all_columns(router.columns for router in routers.values())
-        if not columns:
+        if not routers:
             continue
+        of = "experts" if site is None else f"copies of {site}"
+        columns = all_columns(router.columns for router in routers.values())
         highest = max(max(router.mean) for router in routers.values())
-        rows = [_row(block, routers.get(block), columns, highest, site) for block in range(blocks)]
         level = max(router.level for router in routers.values())
-        tables.append(
-            {"site": site, "columns": columns, "rows": rows, "highest": f"{highest:.2f}", "level": f"{level:.3g}"}
-        )
+        gates: list[list[str | Cell]] = []
+        used: list[list[str | Cell]] = []
+        for block in range(inspection.blocks):
+            router = routers.get(block)
+            gates.append([str(block), *(_cell(block, router, name, "mean", highest, of) for name in columns)])
+            used.append([str(block), *(_cell(block, router, name, "used", 1.0, of) for name in columns)])
+            used[-1] += _facts(router)
+        caption = f"Mean gate of the {of}, {whose}. The strongest tint is {highest:.2f}."
+        tables.append((caption, ["block", *columns], gates))
+        caption = f"Utilisation of the {of}, {whose}: share of tokens with a gate above {level:.3g}."
+        tables.append((caption, ["block", *columns, "entropy", "silent", "threshold"], used))
     return tables
 
 
-def _row(
-    block: int, router: RouterStatistics | None, columns: Sequence[str], highest: float, site: str | None
-) -> dict[str, Any]:
+def _facts(router: RouterStatistics | None) -> list[str]:
     if router is None:
-        title = f"block {block} has no {'experts under a router' if site is None else f'copies of {site}'}"
-        empty = [{"text": NOTHING, "style": shade(0), "title": title, "dead": False} for _ in columns]
-        return {"block": block, "gates": empty, "used": empty, "facts": [NOTHING] * 3}
-    places = [router.columns.index(name) if name in router.columns else None for name in columns]
-    gates = [_cell(router, at, name, "mean", highest) for at, name in zip(places, columns, strict=True)]
-    used = [_cell(router, at, name, "used", 1.0) for at, name in zip(places, columns, strict=True)]
-    threshold = "" if router.threshold is None else "{:.3f} ± {:.3f}".format(*router.threshold)
-    return {
-        "block": block,
-        "gates": gates,
-        "used": used,
-        "facts": [_text(router.entropy), f"{router.silent:.0%}", threshold or NOTHING],
-    }
+        return [NOTHING] * 3
+    threshold = NOTHING if router.threshold is None else "{:.3f} ± {:.3f}".format(*router.threshold)
+    return [_text(router.entropy), f"{router.silent:.0%}", threshold]
 
 
-def _cell(router: RouterStatistics, at: int | None, name: str, what: str, highest: float) -> dict[str, Any]:
-    if at is None:
-        title = f"block {router.block} has no {name}"
-        return {"text": NOTHING, "style": shade(0), "title": title, "dead": False}
+def _cell(block: int, router: RouterStatistics | None, name: str, what: str, highest: float, of: str) -> Cell:
+    if router is None:
+        under = f"{of} under a router" if of == "experts" else of
+        return Cell(NOTHING, title=f"block {block} has no {under}")
+    if name not in router.columns:
+        return Cell(NOTHING, title=f"block {block} has no {name}")
+    at = router.columns.index(name)
     value = getattr(router, what)[at]
+    text = f"{value:.2f}" if what == "mean" else f"{value:.0%}"
     title = (
-        f"block {router.block}, {name}: mean gate {router.mean[at]:.3f}, used on {router.used[at]:.1%}, "
+        f"block {block}, {name}: mean gate {router.mean[at]:.3f}, used on {router.used[at]:.1%}, "
         f"not 0 on {router.active[at]:.1%}, strongest on {router.strongest[at]:.1%} of {router.tokens} tokens"
     )
-    dead = name in router.dead
-    text = f"{value:.2f}" if what == "mean" else f"{value:.0%}"
-    return {"text": text, "style": shade(value, 0, highest), "title": f"{title}; dead" if dead else title, "dead": dead}
+    if name in router.dead:
+        text, title = Markup("{} <strong>dead</strong>").format(text), f"{title}; dead"
+    return tinted(text, value, high=highest, title=title)
 
 
 # Answers
@@ -138,27 +140,26 @@ def _cell(router: RouterStatistics, at: int | None, name: str, what: str, highes
 
 def _example(example: Example, experts: Sequence[str]) -> dict[str, Any]:
     tokens = [_visible(token) for token in example.tokens]
-    entries = [(entry, _marks(entry, tokens, experts)) for entry in example.strongest]
-    whole = [marks for entry, marks in entries if entry.block is None]
+    whole = [entry for entry in example.strongest if entry.block is None]
     return {
         "set": example.set,
         "prompt": example.prompt,
-        "whole": whole[0] if whole else None,
+        "whole": list(zip(tokens, _marks(whole[0], experts), strict=True)) if whole else [],
         "tokens": tokens,
-        "rows": [{"name": _name(entry), "marks": marks} for entry, marks in entries if entry.block is not None],
+        "rows": [[_name(entry), *_marks(entry, experts)] for entry in example.strongest if entry.block is not None],
     }
 
 
-def _marks(entry: Strongest, tokens: Sequence[str], experts: Sequence[str]) -> list[dict[str, Any]]:
+def _marks(entry: Strongest, experts: Sequence[str]) -> list[Cell]:
+    """Who is strongest on each token, in its colour."""
     marks = []
-    for token, name, gate in zip(tokens, entry.names, entry.gates, strict=True):
-        colour = None
-        if name is not None:
-            number = experts.index(name) if entry.site is None else int(name.rpartition("/")[2])
-            colour = number % COLOURS
-        said = "no expert is active" if name is None else f"{name}, gate {gate:.2f}"
-        short = NOTHING if name is None else name.rpartition("/")[2]
-        marks.append({"token": token, "name": short, "colour": colour, "title": said})
+    for name, gate in zip(entry.names, entry.gates, strict=True):
+        if name is None:
+            marks.append(Cell(NOTHING, title="no expert is active"))
+            continue
+        short = name.rpartition("/")[2]
+        number = experts.index(name) if entry.site is None else int(short)
+        marks.append(Cell(short, title=f"{name}, gate {gate:.2f}", colour=number % COLOURS))
     return marks
 
 
@@ -178,37 +179,31 @@ def _visible(token: str) -> str:
 def _similarity(entries: Sequence[Similarity]) -> dict[str, Any]:
     """The mean over blocks, and per block every matrix, of experts first and then of copies."""
     own = [entry for entry in entries if entry.site is None]
-    names, mean = mean_over_blocks(own)
-    blocks = []
-    for block in dict.fromkeys(entry.block for entry in entries):
-        here = [entry for entry in entries if entry.block == block]
-        blocks.append({"block": block, "matrices": [matrix for entry in here for matrix in _matrices(entry)]})
-    return {"mean": _matrix("", names, mean) if own else None, "blocks": blocks}
+    blocks: dict[int, list[Table]] = {}
+    for entry in entries:
+        blocks.setdefault(entry.block, []).extend(_matrices(entry))
+    mean = _matrix("CKA between experts, mean over blocks", *mean_over_blocks(own)) if own else None
+    return {"mean": mean, "blocks": blocks}
 
 
-def _matrices(entry: Similarity) -> list[dict[str, Any]]:
+def _matrices(entry: Similarity) -> list[Table]:
     whose = (
         f"experts of block {entry.block}" if entry.site is None else f"copies of {entry.site} in block {entry.block}"
     )
-    matrices = [_matrix(f"CKA between the {whose}", entry.names, entry.cka)]
-    if entry.cosine is not None:
-        matrices.append(_matrix(f"Cosine between the {whose}", entry.names, entry.cosine))
-    return matrices
+    matrices = [("CKA", entry.cka), ("Cosine", entry.cosine)]
+    return [_matrix(f"{name} between the {whose}", entry.names, values) for name, values in matrices if values]
 
 
-def _matrix(caption: str, names: Sequence[str], values: Sequence[Sequence[float | None]]) -> dict[str, Any]:
-    rows = []
-    for left, row in zip(names, values, strict=True):
-        cells = [
-            {"text": _text(value), "style": shade(value or 0), "title": f"{left} and {right}: {_said(value)}"}
-            for right, value in zip(names, row, strict=True)
-        ]
-        rows.append({"name": left, "cells": cells})
-    return {"caption": caption, "names": names, "rows": rows}
+def _matrix(caption: str, names: list[str], values: Sequence[Sequence[float | None]]) -> Table:
+    def cell(left: str, right: str, value: float | None) -> Cell:
+        said = "not comparable, one of them puts out the same for all tokens" if value is None else f"{value:.3f}"
+        return tinted(_text(value), value or 0, title=f"{left} and {right}: {said}")
 
-
-def _said(value: float | None) -> str:
-    return "not comparable, one of them puts out the same for all tokens" if value is None else f"{value:.3f}"
+    rows: list[list[str | Cell]] = [
+        [left, *(cell(left, right, value) for right, value in zip(names, row, strict=True))]
+        for left, row in zip(names, values, strict=True)
+    ]
+    return caption, ["of", *names], rows
 
 
 def _text(value: float | int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from moa.extras import extra
 from moa.files import write_text
@@ -18,6 +19,35 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+class Cell(NamedTuple):
+    """A cell of a table that is more than its text, see ``table`` in ``moa/report/templates/parts.html``.
+
+    Attributes:
+        text: what it says.
+        tint: how strong its background is, in [0, 1].
+        title: its tooltip.
+        colour: number of its background among a page's own colours.
+    """
+
+    text: str
+    tint: float = 0.0
+    title: str = ""
+    colour: int | None = None
+
+
+def tinted(text: str, value: float, low: float = 0.0, high: float = 1.0, title: str = "") -> Cell:
+    """A cell of a heat map, with the tint of ``value`` between ``low`` and ``high``."""
+    return Cell(text, share(value, low, high), title)
+
+
+def share(value: float, low: float, high: float) -> float:
+    """How far ``value`` is from ``low`` to ``high``, in [0, 1]; 0 where they are the same. Templates know it, too."""
+    return 0.0 if high <= low else min(max((value - low) / (high - low), 0.0), 1.0)
+
+
+_environment.globals["share"] = share
 
 
 def render(template: str, **values: object) -> Markup:
@@ -55,9 +85,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def shade(value: float, low: float = 0.0, high: float = 1.0) -> str:
-    """Inline style of a heat-map cell: ``value`` between ``low`` and ``high`` as a tint for light and dark."""
-    share = 0.0 if high <= low else min(max((value - low) / (high - low), 0.0), 1.0)
-    return f"--tint:{share:.3f}"

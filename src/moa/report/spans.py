@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moa.report.page import render, shade, write_page
+from moa.report.page import render, tinted, write_page
 from moa.spans.plan import SpanPlan
+
+MEASURED = {"losses_of_all": "{:.4f}", "accuracies_of_all": "{:.1%}", "kv_densities_of_all": "{:.1%}"}
+"""What a validation says about every plan."""
 
 
 def write_report(path: str | Path, plan: SpanPlan, front: Sequence[SpanPlan] = (), length: int = 8192) -> Path:
@@ -28,10 +31,7 @@ def write_report(path: str | Path, plan: SpanPlan, front: Sequence[SpanPlan] = (
         length=length,
         heads=len(plan.alphas[0]),
         rows=_picture(plan, length),
-        densities=[
-            {"length": n, "kv": f"{plan.kv_density(n):.1%}", "attention": f"{plan.attention_density(n):.1%}"}
-            for n in lengths
-        ],
+        densities=[[n, f"{plan.kv_density(n):.1%}", f"{plan.attention_density(n):.1%}"] for n in lengths],
         front=_front(plan, [entry for entry in front if entry.searched.get("losses")]),
         verdict=_verdict(plan),
         evidence=json.dumps(plan.searched, indent=1),
@@ -39,66 +39,38 @@ def write_report(path: str | Path, plan: SpanPlan, front: Sequence[SpanPlan] = (
     return write_page(path, "Attention spans", body)
 
 
-def _picture(plan: SpanPlan, length: int) -> list[dict[str, Any]]:
+def _picture(plan: SpanPlan, length: int) -> list[list[Any]]:
     rows = []
     for layer, (spans, rules) in enumerate(zip(plan.spans(length), plan.rules(), strict=True)):
-        cells = [
-            {"tokens": kept, "percent": f"{100 * kept / length:.0f}", "style": shade(kept / length)} for kept in spans
-        ]
-        said = ", ".join(f"{rule.alpha:g} + {rule.beta:g} N" for rule in dict.fromkeys(rules))
-        rows.append({"layer": layer, "cells": cells, "rules": said})
+        shares = [(kept / length, f"layer {layer}, KV head {head}: {kept} tokens") for head, kept in enumerate(spans)]
+        cells = [tinted(f"{100 * share:.0f}", share, title=title) for share, title in shares]
+        rows.append([layer, *cells, ", ".join(f"{rule.alpha:g} + {rule.beta:g} N" for rule in dict.fromkeys(rules))])
     return rows
 
 
-def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any]:
-    """The scatter of what plans drop at the shortest and the longest profiled length, and the table of all."""
+def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any] | None:
+    """What plans drop at the shortest and the longest profiled length, for the scatter, and the table of all."""
     if not front:
-        return {"points": [], "table": []}
+        return None
     lengths = sorted(front[0].searched["losses"], key=int)
     validation = plan.searched.get("validation", {})
-    losses = [[entry.searched["losses"][name] for name in lengths] for entry in front]
-    x, y = [row[0] for row in losses], [row[-1] for row in losses]
     chosen = validation.get("chosen")
+    losses = [[entry.searched["losses"][name] for name in lengths] for entry in front]
     return {
-        "x": lengths[0],
-        "y": lengths[-1],
         "lengths": lengths,
-        "x_low": f"{min(x):.4g}",
-        "x_high": f"{max(x):.4g}",
-        "y_low": f"{min(y):.4g}",
-        "y_high": f"{max(y):.4g}",
-        "points": [
-            {
-                "x": round(80 + 520 * _share(here, x)),
-                "y": round(290 - 250 * _share(there, y)),
-                "name": f"{place:02}",
-                "chosen": place == chosen,
-                "title": f"plan {place:02}: {here:.6g} and {there:.6g}",
-            }
-            for place, (here, there) in enumerate(zip(x, y, strict=True))
-        ],
+        "chosen": chosen,
+        "head": ["plan", "kind", *(f"dropped at {name}" for name in lengths), "loss", "answers kept", "KV cache"],
+        "points": [(row[0], row[-1]) for row in losses],
         "table": [
-            {
-                "name": f"{place:02}" + (" (chosen)" if place == chosen else ""),
-                "kind": entry.searched.get("kind", ""),
-                "losses": [f"{loss:.4g}" for loss in row],
-                "loss": _at(validation, "losses_of_all", place, "{:.4f}"),
-                "accuracy": _at(validation, "accuracies_of_all", place, "{:.1%}"),
-                "kv": _at(validation, "kv_densities_of_all", place, "{:.1%}"),
-            }
+            [
+                f"{place:02}" + (" (chosen)" if place == chosen else ""),
+                entry.searched.get("kind", ""),
+                *(f"{loss:.4g}" for loss in row),
+                *(form.format(validation[key][place]) if key in validation else "" for key, form in MEASURED.items()),
+            ]
             for place, (entry, row) in enumerate(zip(front, losses, strict=True))
         ],
     }
-
-
-def _at(validation: dict[str, Any], key: str, place: int, form: str) -> str:
-    values = validation.get(key)
-    return "" if values is None else form.format(values[place])
-
-
-def _share(value: float, among: Sequence[float]) -> float:
-    width = max(among) - min(among)
-    return 0.5 if width == 0 else (value - min(among)) / width
 
 
 def _verdict(plan: SpanPlan) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from moa.extras import extra
 from moa.files import read_json
-from moa.report.page import duration, frame, render, shade
+from moa.report.page import duration, frame, render, share, tinted
 from moa.spans.journal import read_lines
 
 with extra("train"):
@@ -79,9 +79,8 @@ def curve(entries: Sequence[dict[str, Any]], key: str, title: str, note: str) ->
     means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
     values = [value for _, value in means] or [0.0]
     low, high, last = min(values), max(values), max((step for step, _ in means), default=1)
-    tall = (high - low) or 1.0
     drawn = [
-        (LEFT + (WIDTH - LEFT - 10) * step / last, 10 + (HEIGHT - BOTTOM - 20) * (1 - (value - low) / tall))
+        (LEFT + (WIDTH - LEFT - 10) * step / last, 10 + (HEIGHT - BOTTOM - 20) * (1 - share(value, low, high)))
         for step, value in means
     ]
     return {
@@ -118,25 +117,15 @@ def _facts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name, f"{last[key]:.3f}") for key, name in names.items() if _is_number(last.get(key))]
 
 
-def _tables(routers: Sequence[Router]) -> list[dict[str, Any]]:
-    """One table of mean gates for all routers with the same experts."""
-    found: dict[tuple[str, ...], list[Router]] = {}
-    for router in routers:
-        found.setdefault(tuple(router["experts"]), []).append(router)
+def _tables(routers: Sequence[Router]) -> dict[tuple[str, ...], list[list[Any]]]:
+    """Rows of mean gates by the experts that they are of: routers with the same ones share a table."""
+    found: dict[tuple[str, ...], list[list[Any]]] = {}
     highest = max((gate for router in routers for gate in router["gates"]), default=1.0)
-    return [
-        {
-            "experts": experts,
-            "rows": [
-                {
-                    "name": f"{one['block']}" if one["site"] is None else f"{one['block']}, {one['site']}",
-                    "cells": [{"text": f"{gate:.2f}", "style": shade(gate, high=highest)} for gate in one["gates"]],
-                }
-                for one in rows
-            ],
-        }
-        for experts, rows in found.items()
-    ]
+    for router in routers:
+        name = f"{router['block']}" if router["site"] is None else f"{router['block']}, {router['site']}"
+        cells = [tinted(f"{gate:.2f}", gate, high=highest) for gate in router["gates"]]
+        found.setdefault(tuple(router["experts"]), []).append([name, *cells])
+    return found
 
 
 def _is_number(value: Any) -> bool:

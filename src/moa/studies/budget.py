@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moa.models import config_of
 from moa.studies.methods import Method
-from moa.studies.sizing import Sizable, Size
+from moa.studies.sizing import Sizable, Size, variants
 from moa.training.recipe import Recipe
 from moa.training.validate import validate
 
@@ -38,23 +38,20 @@ def fit(method: Method, base: str, budget: int, *, tolerance: float = 0.01) -> F
     Raises:
         ValueError: it cannot come within ``tolerance`` (relative); says what it can reach.
     """
-    best: Fit | None = None
-    least: int | None = None
-    for variant in method.variants(blocks_of(base)):
+    if not method.trains:
+        return Fit({}, 0, {})
+    reached, floors = [], []
+    for variant in variants(method, blocks_of(base)):
         ladder = Ladder(variant, base)
         found = ladder.solve(budget)
-        least = ladder.least if least is None else min(least, ladder.least)
-        if best is None or abs(found.trained - budget) < abs(best.trained - budget):
-            best = found
-        if abs(best.trained - budget) <= tolerance * budget:
-            return best
-    assert best is not None
-    assert least is not None
-    if least > budget:
+        if abs(found.trained - budget) <= tolerance * budget:
+            return found
+        reached.append(found.trained)
+        floors.append(ladder.least)
+    if (least := min(floors)) > budget:
         raise ValueError(f"cannot train as few as {budget:,} parameters: with all sizes at one it trains {least:,}")
-    raise ValueError(
-        f"cannot train {budget:,} parameters within {tolerance:.1%}: the nearest it reaches is {best.trained:,}"
-    )
+    best = min(reached, key=lambda trained: abs(trained - budget))
+    raise ValueError(f"cannot train {budget:,} parameters within {tolerance:.1%}: the nearest it reaches is {best:,}")
 
 
 class Ladder:

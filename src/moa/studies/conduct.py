@@ -4,39 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from moa.studies import cells as grid
-from moa.studies.cells import TEST, Cell, check_versions
+from moa.studies.cells import TEST, Cell
 from moa.studies.engine import Engine, Failure, Task, run_all
-from moa.studies.plan import Plan, Result
-from moa.studies.runner import Job, run, trial
-from moa.studies.spans import Spans
-
-
-def job_of(plan: Plan, cell: Cell) -> Job:
-    """What a worker does for a cell."""
-    study, compared = plan.study, cell.purpose == TEST
-    spans = study.methods[cell.method].spans if compared else ""
-    folder = plan.folder / "spans" / f"seed-{cell.seed}"
-    return Job(
-        study.base,
-        study.dtype,
-        plan.recipes(cell),
-        Spans(spans, cell.budget, study.calibration, folder, cell.seed),
-        study.data.template,
-        study.batch_size,
-        plan.rows.validation,
-        plan.rows.sets if compared else [],
-        plan.rows.texts if compared else [],
-        study.metrics,
-    )
-
-
-def _task(plan: Plan, cell: Cell) -> Task:
-    fitted = plan.fits[cell.method, cell.budget]
-    about = {"configuration": plan.configuration(cell), "trained_parameters": fitted.trained}
-    return Task(run, job_of(plan, cell), plan.folder / "logs" / f"{cell.name}.log", plan.store.path(cell), about)
+from moa.studies.plan import Plan, Result, check_versions
+from moa.studies.runner import keep, run, trial
 
 
 @dataclass
@@ -73,46 +48,47 @@ def conduct(
     Raises:
         ValueError: a method diverged at every learning rate, or finished cells are of other versions.
     """
-    tries = grid.tries(plan.study, plan.methods)
-    placeholder = {key: plan.study.rates_of(key[0])[0] for key in plan.fits}
-    later = grid.tests(plan.study, plan.methods, placeholder)
-    if not any_version:
-        check_versions(plan.finished(tries))
-    failures = _run(plan, "learning rates", tries, later, engine, progress)
+    run_phase = partial(_run, plan, engine, progress, any_version)
+    later = grid.tests(plan.study, plan.methods, plan.first_rates)
+    failures = run_phase("learning rates", grid.tries(plan.study, plan.methods), later)
     if failures:
         return failures
     rates = plan.rates(plan.methods)
     assert rates is not None
-    tests = grid.tests(plan.study, plan.methods, rates)
-    if not any_version:
-        check_versions(plan.finished(tests))
-    return _run(plan, "comparison", tests, [], engine, progress)
+    return run_phase("comparison", grid.tests(plan.study, plan.methods, rates), [])
 
 
 def _run(
     plan: Plan,
+    engine: Engine,
+    progress: Callable[[Progress], object],
+    any_version: bool,
     phase: str,
     cells: list[Cell],
     later: list[Cell],
-    engine: Engine,
-    progress: Callable[[Progress], object],
 ) -> list[Failure]:
     done = plan.finished(cells)
-    tasks = {cell: _task(plan, cell) for cell in cells if cell not in done}
+    if not any_version:
+        check_versions(done)
 
     def report(last: Cell | None) -> None:
         left = [cell for cell in cells if cell not in done]
         progress(Progress(phase, len(done), len(cells), seconds_for([*left, *later], done, engine.workers or 1), last))
 
     def look() -> None:
-        for cell, task in tasks.items():
-            if cell not in done and (found := plan.store.read(cell, dict(task.about["configuration"]))):
-                done[cell] = found
-                report(cell)
+        for cell, result in plan.finished([cell for cell in cells if cell not in done]).items():
+            done[cell] = result
+            report(cell)
 
     report(None)
-    outcomes = run_all(list(tasks.values()), engine, look)
+    outcomes = run_all([_task(plan, cell) for cell in cells if cell not in done], engine, look)
     return [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+
+
+def _task(plan: Plan, cell: Cell) -> Task:
+    trained = plan.fits[cell.method, cell.budget].trained
+    about = {"configuration": plan.configuration(cell), "trained_parameters": trained}
+    return Task(partial(keep, plan.job(cell), about, plan.path(cell)), plan.folder / "logs" / f"{cell.name}.log")
 
 
 def seconds_for(cells: Sequence[Cell], known: dict[Cell, Result], workers: int) -> float | None:
@@ -139,13 +115,13 @@ def trial_seconds(plan: Plan, method: str) -> tuple[float, float]:
     """
     study = plan.study
     cell = Cell(TEST, method, study.budgets_of(method)[0], study.seeds[0], study.rates_of(method)[0])
-    whole = job_of(plan, cell)
+    whole = plan.job(cell)
     short = trial(whole)
     log = plan.folder / "logs" / f"{cell.name}-trial.log"
-    (outcome,) = run_all([Task(run, short, log, None, {})], Engine(), lambda: None)
+    (outcome,) = run_all([Task(partial(run, short), log)], Engine(), lambda: None)
     if isinstance(outcome, Failure):
         raise ValueError(f"a trial of {method} failed: {outcome.message}; see {outcome.log}")
-    share = sum(len(data.rows) for data in whole.sets) / max(sum(len(data.rows) for data in short.sets), 1)
+    share = sum(len(data.rows) for data in whole.rows.sets) / max(sum(len(data.rows) for data in short.rows.sets), 1)
     steps_left = sum(int(recipe.max_steps or 0) for recipe in whole.recipes)
     steps_left -= sum(int(recipe.max_steps or 0) for recipe in short.recipes)
     train = outcome["seconds"]["train"] + (outcome["step_seconds"] or 0.0) * steps_left

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from moa.data import load_rows
+from moa.evaluation.likelihood import KINDS
 from moa.evaluation.retrieval import LONG, TEXT, TextSet, is_long, long_rows, text_set
 from moa.evaluation.sets import EvaluationSet, load_all
 from moa.files import write_text
 from moa.models import tokenizer_of
 from moa.studies.study import StudyData
+
+Tested = EvaluationSet | TextSet
 
 _TEST_SEED = 1000  # apart from those of calibration texts, which come from the same generators
 
@@ -33,6 +36,11 @@ class Rows:
     validation: list[dict[str, Any]]
     sets: list[EvaluationSet]
     texts: list[TextSet]
+
+    @property
+    def tested(self) -> list[Tested]:
+        """All that is measured at the end."""
+        return [*self.sets, *self.texts]
 
     @cached_property
     def digest(self) -> str:
@@ -84,10 +92,10 @@ def load(data: StudyData, base: str, *, trains: bool = True) -> Rows:
     for tested in sets:
         if shared := sum(_question(row) in held for row in tested.rows):
             raise ValueError(f"{shared} of the {len(tested.rows)} test rows of {tested.name!r} are in data.train, too")
-    stages: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(data.then))]
-    for stage, row in found:
-        if _question(row) not in chosen:
-            stages[stage].append(row)
+    stages = [
+        [row for place, row in found if place == stage and _question(row) not in chosen]
+        for stage in range(1 + len(data.then))
+    ]
     if not all(stages):
         raise ValueError(f"data.then: a stage of {data.then} has no rows left to learn")
     return Rows(stages, [row for question, row in held.items() if question in chosen], sets, texts)
@@ -128,6 +136,22 @@ def _tested(data: StudyData, base: str) -> tuple[list[EvaluationSet], list[TextS
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"data.test has two sets called {twice.pop()!r}")
     return sets, texts
+
+
+def about(data: Tested) -> dict[str, Any]:
+    """What a cell's file says about a set."""
+    if isinstance(data, TextSet):
+        return {"family": "text", "kind": "text", "chance": None, "rows": data.windows}
+    return {"family": data.family, "kind": data.kind, "chance": data.chance, "rows": len(data.rows)}
+
+
+def has(told: Mapping[str, Any], metric: str) -> bool:
+    """Whether a metric is measured on a set, by what `about` says: of running text its loss, of answers
+    that are one of a few the choice.
+    """
+    if (told["family"] == "text") != (metric == "text_loss"):
+        return False
+    return metric != "choice" or told["kind"] in KINDS
 
 
 @cache

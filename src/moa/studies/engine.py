@@ -12,14 +12,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from moa.choices import check_choice
-from moa.evaluation.results import write
+from moa.choices import check_choice, first_line
 from moa.extras import extra
 
 with extra("bench"):
@@ -66,35 +66,22 @@ class Engine:
             yield self.workers or int(ray.cluster_resources()["CPU"])
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A cell that could not be run; ``log`` has what it printed and the trace."""
+class Failure(NamedTuple):
+    """A task that could not be run; ``log`` has what it printed and the trace."""
 
     message: str
     log: Path
 
 
-@dataclass(frozen=True)
-class Task:
-    """A cell to run.
+class Task(NamedTuple):
+    """``work``, of a function of a module, is called in a fresh process; what it prints goes into ``log``."""
 
-    Attributes:
-        work: a function of a module, called in a fresh process.
-        job: its argument.
-        log: file for what it prints.
-        path: file for its result, which appears whole or not at all; None: the result is only returned.
-        about: what the file holds besides.
-    """
-
-    work: Callable[[Any], dict[str, Any]]
-    job: Any
+    work: partial[Any]
     log: Path
-    path: Path | None
-    about: Mapping[str, Any]
 
 
-def run_all(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> list[dict[str, Any] | Failure]:
-    """Run tasks; ``told`` is called after each.
+def run_all(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> list[Any]:
+    """What tasks return, or a `Failure`; ``told`` is called after each.
 
     All machines need the same files under the same paths; relative ones count from this process's folder.
     """
@@ -112,19 +99,32 @@ def run_all(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> li
     return list(found)
 
 
-def _in_process(task: Task, folder: Path) -> dict[str, Any] | Failure:
+def run_whole(tasks: list[Task], engine: Engine, told: Callable[[], object]) -> list[Any]:
+    """As `run_all`, for tasks of which none is worth anything without the others.
+
+    Raises:
+        RuntimeError: one of them failed; has the name of its log.
+    """
+    found = run_all(tasks, engine, told)
+    for failure in found:
+        if isinstance(failure, Failure):
+            raise RuntimeError(f"{failure.log.stem}: {failure.message} ({failure.log})")
+    return found
+
+
+def _in_process(task: Task, folder: Path) -> Any:
     """What a worker does with a task: start a process, wait for it, keep what it found."""
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([__name__, task.work.__module__])
+        context.set_forkserver_preload([__name__, task.work.func.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, folder, sender), daemon=True)
     process.start()
     sender.close()
     with receiver:
         try:
-            outcome: dict[str, Any] | Failure = receiver.recv()
+            outcome = receiver.recv()
         except EOFError:
             process.join()
             killed = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
@@ -147,13 +147,10 @@ def _work(task: Task, folder: Path, sender: Any) -> None:
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
         try:
-            result = dict(task.about) | task.work(task.job)
-            if task.path is not None:
-                write(task.path, result)
-            sender.send(result)
+            sender.send(task.work())
         except Exception as error:
             traceback.print_exc(file=file)
-            sender.send(Failure(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", task.log))
+            sender.send(Failure(f"{type(error).__name__}: {first_line(error)}", task.log))
 
 
 def _end_with_parent() -> None:

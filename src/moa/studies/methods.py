@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from moa.choices import check_names, named, nearest
+from pydantic import AfterValidator
+
+from moa.choices import check_choice, check_names, named
 from moa.settings import Several, settings
-
-if TYPE_CHECKING:
-    from moa.adapters.config import MoAConfig
-    from moa.studies.sizing import Sizable
 
 NONE = "none"
 """The preset of what is not trained: the base alone, or under spans."""
@@ -27,6 +26,9 @@ PRESS = "kvpress:"
 def whole(budget: float) -> float:
     """A budget as it is written: numbers of parameters are whole."""
     return int(budget) if budget > 1 and float(budget).is_integer() else budget
+
+
+Budgets = Several[Annotated[float, AfterValidator(whole)]]
 
 
 def amount(budget: float) -> str:
@@ -53,14 +55,11 @@ class Method:
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
     grow: Several[str] = field(default_factory=list)
-    budgets: Several[float] = field(default_factory=list)
+    budgets: Budgets = field(default_factory=list)
     learning_rates: Several[float] = field(default_factory=list)
     note: str = ""
     spans: str = ""
     training: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.budgets = [whole(budget) for budget in self.budgets]
 
     @classmethod
     def from_tree(cls, name: str, tree: Any) -> Method:
@@ -69,10 +68,8 @@ class Method:
             raise ValueError(f"methods.{name}={tree!r} must be a section with keys of its own, or empty")
         fields = dict(tree or {})
         if "changes" not in fields:  # which is how `dataclasses.asdict` writes it
-            keys = ("preset", "grow", "budgets", "learning_rates", "note", "spans", "training")
-            own = {key: fields.pop(key) for key in keys if key in fields}
-            usual = NONE if own.get("spans") else name
-            fields = {"preset": usual} | own | {"changes": fields}
+            own = {entry.name: fields.pop(entry.name) for entry in dataclasses.fields(cls) if entry.name in fields}
+            fields = {"preset": NONE if own.get("spans") else name} | own | {"changes": fields}
         with named(f"methods.{name}"):
             return cls(**fields)
 
@@ -86,78 +83,49 @@ class Method:
         """Whether its budget is a share of the KV cache."""
         return self.spans in BUILT or self.spans.startswith(PRESS)
 
+    @property
+    def section(self) -> dict[str, Any]:
+        """The adapter of a recipe, before it is sized."""
+        return {"preset": self.preset, **self.changes}
+
     def check(self, name: str, budgets: list[float]) -> None:
         """Raise ValueError, naming the method, unless it can be configured."""
         if not name.isprintable() or not 0 < len(name) <= LONGEST or set(name) & set("/\\ "):
             raise ValueError(f"methods: the name {name!r} must be up to {LONGEST} letters without spaces or slashes")
-        for budget in self.budgets:
-            if budget not in budgets:
-                raise ValueError(f"methods.{name}: budgets names {budget}, but the study has {budgets}")
-        self._check_spans(name, self.budgets or budgets)
-        if not self.trains:
-            if self.changes or self.grow or self.training:
-                raise ValueError(f"methods.{name}: preset 'none' trains nothing, so it takes no {[*self.changes]}")
-            return
+        check_budgets(f"methods.{name}", self.budgets, budgets)
+        with named(f"methods.{name}"):
+            self._check_spans(self.budgets or budgets)
+            if self.trains:
+                self._check_adapter()
+            elif self.changes or self.grow or self.training:
+                raise ValueError(f"preset 'none' trains nothing, so it takes no {[*self.changes]}")
+
+    def _check_spans(self, budgets: list[float]) -> None:
+        if self.spans and not self.spans.startswith(PRESS) and not self.spans.endswith(".json"):
+            check_choice("spans", self.spans, (*BUILT, DENSE, "PLAN.json", f"{PRESS}CLASS"))
+        if self.builds and self.trains:
+            raise ValueError(
+                f"spans={self.spans!r} makes a plan for a share of the KV cache, and preset {self.preset!r} trains a "
+                "number of parameters: a budget is one or the other. Make the plan first and name its file"
+            )
+        if wrong := [budget for budget in budgets if (budget <= 1 and self.trains) or (budget > 1 and self.builds)]:
+            wanted = "numbers of trained parameters" if self.trains else "shares of the KV cache, at most 1"
+            raise ValueError(f"its budgets must be {wanted}, not {wrong}")
+
+    def _check_adapter(self) -> None:
         from moa.adapters.config import MoAConfig
         from moa.adapters.presets import adapter_config
         from moa.studies.sizing import SIZED
 
-        try:
-            config = adapter_config({"preset": self.preset, **self.changes})
-            if self.grow:
-                check_names("grow", self.grow, SIZED)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"methods.{name}: {error}") from None
+        config = adapter_config(self.section)
         if isinstance(config, MoAConfig):
-            _check_grows(name, config, self.grow)
-
-    def _check_spans(self, name: str, budgets: list[float]) -> None:
-        known = (*BUILT, DENSE)
-        if (
-            self.spans
-            and self.spans not in known
-            and not self.spans.startswith(PRESS)
-            and not self.spans.endswith(".json")
-        ):
-            raise ValueError(
-                f"methods.{name}: spans={self.spans!r} is not one of {list(known)}{nearest(self.spans, known)}, a "
-                f"plan's .json file, or {PRESS}CLASS"
-            )
-        if self.builds and self.trains:
-            raise ValueError(
-                f"methods.{name}: spans={self.spans!r} makes a plan for a share of the KV cache, and preset "
-                f"{self.preset!r} trains a number of parameters: a budget is one or the other. Make the plan first and "
-                "name its file"
-            )
-        if wrong := [budget for budget in budgets if (budget <= 1 and self.trains) or (budget > 1 and self.builds)]:
-            wanted = "numbers of trained parameters" if self.trains else "shares of the KV cache, at most 1"
-            raise ValueError(f"methods.{name}: its budgets must be {wanted}, not {wrong}")
-
-    def variants(self, blocks: int) -> Iterator[Sizable]:
-        """Ways to size the method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""
-        from peft import LoraConfig
-
-        from moa.adapters.config import MoAConfig
-        from moa.adapters.presets import adapter_config
-        from moa.studies.sizing import SIZED, Mixture, PeftLora, lily_variants
-
-        section = {"preset": self.preset, **self.changes}
-        config = adapter_config(section)
-        if isinstance(config, MoAConfig):
-            yield Mixture(section, config, self.grow or SIZED, blocks)
-        elif isinstance(config, LoraConfig):
-            yield PeftLora(section, config, blocks)
-        else:
-            yield from lily_variants(section, config)
+            sized = sorted({expert.kind for expert in config.experts} & set(SIZED))
+            if not sized:
+                raise ValueError("nothing can grow with the budget: none of its experts has a size")
+            check_names("grow", self.grow or sized, sized)
 
 
-def _check_grows(name: str, config: MoAConfig, grow: list[str]) -> None:
-    from moa.studies.sizing import SIZED
-
-    kinds = {expert.kind for expert in config.experts}
-    sized = sorted(kinds & set(SIZED))
-    if not kinds & set(grow or SIZED):
-        raise ValueError(f"methods.{name}: nothing can grow with the budget; its experts with a size are {sized}")
-    for kind in grow:
-        if kind not in kinds:
-            raise ValueError(f"methods.{name}: grow names {kind!r}, but its experts are {sized}{nearest(kind, kinds)}")
+def check_budgets(what: str, own: list[float], budgets: list[float]) -> None:
+    """Raise ValueError for a budget that is not one of the study's."""
+    if others := [budget for budget in own if budget not in budgets]:
+        raise ValueError(f"{what}: budgets names {others[0]}, but the study has {budgets}")

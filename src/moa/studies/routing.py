@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from moa.adapters.members import mixtures_of
 from moa.data import Prompt, prompt_tokens
 from moa.inspection.collect import decisions_of, routers_of
@@ -39,10 +37,3 @@ def routing(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[
     for block in blocks.values():
         block["entropy"] = round(sum(block["entropy"]) / len(block["entropy"]), 5) if block["entropy"] else None
     return [blocks[number] for number in sorted(blocks)]
-
-
-def snapshot_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put a checkpoint's adapter into a model that has the same adapter."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, tensors)  # type: ignore[no-untyped-call]

@@ -6,25 +6,27 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from moa.data import prompt_of, prompt_tokens
 from moa.evaluation.accuracy import evaluate
-from moa.evaluation.likelihood import KINDS, chosen
+from moa.evaluation.likelihood import chosen
 from moa.evaluation.loss import answer_loss, answer_losses
-from moa.evaluation.results import PACKAGES
+from moa.evaluation.results import PACKAGES, write
 from moa.evaluation.retrieval import TextSet, text_losses
-from moa.evaluation.sets import EvaluationSet
-from moa.spans import SpanPlan
+from moa.studies.cells import TEST, Cell
+from moa.studies.data import Rows, Tested, about, has
 from moa.studies.meters import peak_memory, step_times
-from moa.studies.routing import routing, snapshot_weights
+from moa.studies.metrics import METRICS
+from moa.studies.routing import routing
 from moa.studies.spans import Spans
+from moa.studies.study import Study
 from moa.training.base import load_base
 from moa.training.checkpoints import WEIGHTS, checkpoints
 from moa.training.recipe import Recipe
@@ -32,8 +34,6 @@ from moa.training.sft import train
 from moa.training.spans import plan_from
 from moa.training.stops import Diverged
 from moa.versions import versions
-
-Tested = EvaluationSet | TextSet
 
 PROMPTS = 4  # of each test set, on which the routers are watched
 BLOCK = 64  # tokens that the length of a test set is rounded up to
@@ -44,32 +44,34 @@ class Job:
     """What one worker does.
 
     Attributes:
-        base: the base model, and its dtype.
+        study, cell: the measurement that is wanted.
         recipes: the training runs, each on top of the one before; empty: the base is measured as it is.
-        spans: how the model attends when it is measured.
-        template: of the prompts.
-        batch_size: rows per batch of the evaluation.
-        validation: rows to measure the answer loss on; the only measure of a try.
-        sets: test sets; empty for a try, as is ``texts``.
-        texts: running text.
-        metrics: what is measured on them.
+        rows: to measure on; those to learn are in files that the recipes name.
+        folder: of the study.
     """
 
-    base: str
-    dtype: str
+    study: Study
+    cell: Cell
     recipes: Sequence[Recipe]
-    spans: Spans
-    template: str
-    batch_size: int
-    validation: Sequence[dict[str, Any]]
-    sets: Sequence[EvaluationSet]
-    texts: Sequence[TextSet]
-    metrics: Sequence[str]
+    rows: Rows
+    folder: Path
 
     @property
     def tested(self) -> list[Tested]:
-        """What is measured at the end; nothing in a try."""
-        return [*self.sets, *self.texts]
+        """What is measured at the end; nothing in a try, whose only measure is the loss on validation rows."""
+        return self.rows.tested if self.cell.purpose == TEST else []
+
+    @property
+    def spans(self) -> Spans:
+        """How the model attends when it is measured; in a try as it was trained."""
+        cell, name = self.cell, self.study.methods[self.cell.method].spans
+        folder = self.folder / "spans" / f"seed-{cell.seed}"
+        return Spans(name if cell.purpose == TEST else "", cell.budget, self.study.calibration, folder, cell.seed)
+
+
+def keep(job: Job, about_it: Mapping[str, Any], path: Path) -> None:
+    """Run a job and write the cell's file, which appears whole or not at all and holds ``about_it``, too."""
+    write(path, {**about_it, **run(job)})
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -115,78 +117,66 @@ def _stage(job: Job, stage: int, result: dict[str, Any]) -> None:
 
 
 def _measure(job: Job, stage: int) -> dict[str, Any]:
-    base, tokenizer = load_base(job.base, job.dtype, device_map="auto")
+    study, spans = job.study, job.spans
+    base, tokenizer = load_base(study.base, study.dtype, device_map="auto")
     model: Any = base.eval()
     recipe = job.recipes[stage] if job.recipes else None
     if recipe is not None:
         model = PeftModel.from_pretrained(base, recipe.output).eval()
-    learned_under = plan_from(recipe.spans) if recipe is not None and not job.spans.name else None
+    learned_under = plan_from(recipe.spans) if recipe is not None and not spans.name else None
     if not job.tested:
-        with job.spans.applied(model, learned_under):
-            return {
-                "validation_loss": answer_loss(
-                    model, tokenizer, job.validation, template=job.template, batch_size=job.batch_size
-                )
-            }
-    plan_at = job.spans.prepared(model, tokenizer)
+        asked, template = job.rows.validation, study.data.template
+        with spans.applied(model, learned_under):
+            loss = answer_loss(model, tokenizer, asked, template=template, batch_size=study.batch_size)
+        return {"validation_loss": loss}
+    plan_at = spans.prepared(model, tokenizer)
     found: dict[str, dict[str, Any]] = {}
     for data in job.tested:
-        plan = learned_under or plan_at(_length(job, tokenizer, data))
-        with job.spans.applied(model, plan):
-            found[data.name] = _about(data) | _scores(job, model, tokenizer, data) | _kept(job, tokenizer, data, plan)
+        length = _length(data, tokenizer, study.data.template)
+        plan = learned_under or plan_at(length)
+        with spans.applied(model, plan):
+            found[data.name] = about(data) | _scores(job, model, tokenizer, data)
+        if spans.pressed or plan is not None:
+            found[data.name]["kv_share"] = spans.share if plan is None else plan.kv_density(length)
     if recipe is None:
         return {"sets": found}
     return {"sets": found, "routing": list(_routing(job, model, tokenizer, stage))}
 
 
-def _length(job: Job, tokenizer: Any, data: Tested) -> int:
+def _length(data: Tested, tokenizer: Any, template: str) -> int:
     """Tokens that a text of the set reaches, in whole blocks."""
     if isinstance(data, TextSet):
         return data.length
-    prompts = (prompt_tokens(tokenizer, prompt_of(row, job.template)) for row in data.rows)
+    prompts = (prompt_tokens(tokenizer, prompt_of(row, template)) for row in data.rows)
     return -(-(max(map(len, prompts)) + data.max_new_tokens) // BLOCK) * BLOCK
 
 
-def _about(data: Tested) -> dict[str, Any]:
-    if isinstance(data, TextSet):
-        return {"family": "text", "kind": "text", "chance": None, "rows": data.windows}
-    return {"family": data.family, "kind": data.kind, "chance": data.chance, "rows": len(data.rows)}
-
-
-def _kept(job: Job, tokenizer: Any, data: Tested, plan: SpanPlan | None) -> dict[str, Any]:
-    """The share of the KV cache that is kept, where it is less than all."""
-    if job.spans.pressed:
-        return {"kv_share": job.spans.share}
-    return {} if plan is None else {"kv_share": plan.kv_density(_length(job, tokenizer, data))}
-
-
-def _scores(job: Job, model: Any, tokenizer: Any, data: Tested) -> dict[str, Any]:
+def _scores(job: Job, model: Any, tokenizer: Any, data: Any) -> dict[str, Any]:
     """Row by row, or window by window: statistics are paired by item."""
+    study, pressed = job.study, job.spans.pressed
+    template, batch_size = study.data.template, study.batch_size
+    wanted = [metric for metric in study.metrics if has(about(data), metric) and (metric == "accuracy" or not pressed)]
     found: dict[str, Any] = {}
-    if isinstance(data, TextSet):
-        if "text_loss" in job.metrics and not job.spans.pressed:
-            found["text_loss"] = [round(loss, 6) for loss in text_losses(model, tokenizer, data)]
-            found["rows"] = len(found["text_loss"])
-        return found
-    if "accuracy" in job.metrics:
+    if "text_loss" in wanted:
+        found["text_loss"] = [round(loss, 6) for loss in text_losses(model, tokenizer, data)]
+        found["rows"] = len(found["text_loss"])
+    if "accuracy" in wanted:
         outcome = evaluate(
             model,
             tokenizer,
             data.rows,
-            template=job.template,
+            template=template,
             kind=data.kind,
             max_new_tokens=data.max_new_tokens,
             # Reading takes less memory than training. A press would choose among padding, too.
-            batch_size=1 if job.spans.pressed else 2 * job.batch_size,
+            batch_size=1 if pressed else 2 * batch_size,
         )
         found["accuracy"] = [int(item.correct) for item in outcome.items]
-    if "choice" in job.metrics and data.kind in KINDS and not job.spans.pressed:
-        right = chosen(
-            model, tokenizer, data.rows, template=job.template, kind=data.kind, batch_size=2 * job.batch_size
-        )
+    if "choice" in wanted:
+        right = chosen(model, tokenizer, data.rows, template=template, kind=data.kind, batch_size=2 * batch_size)
         found["choice"] = [int(one) for one in right]
-    if "answer_loss" in job.metrics and not job.spans.pressed:
-        losses = answer_losses(model, tokenizer, data.rows, template=job.template, batch_size=job.batch_size)
+    if "answer_loss" in wanted:
+        losses = answer_losses(model, tokenizer, data.rows, template=template, batch_size=batch_size)
         found["answer_loss"] = [round(loss / tokens, 6) for loss, tokens in losses]
     return found
 
@@ -194,19 +184,19 @@ def _scores(job: Job, model: Any, tokenizer: Any, data: Tested) -> dict[str, Any
 def _failed(job: Job) -> dict[str, Any]:
     if not job.tested:
         return {"validation_loss": None}
-    sets = {data.name: _about(data) for data in job.tested}
-    for data in job.sets:
-        wrong = {"accuracy"} | ({"choice"} if data.kind in KINDS else set())
-        sets[data.name] |= {metric: [0] * len(data.rows) for metric in wrong & set(job.metrics)}
+    sets = {data.name: about(data) for data in job.tested}
+    shares = [metric for metric in job.study.metrics if METRICS[metric].unit == "points"]
+    for told in sets.values():
+        told |= {metric: [0] * told["rows"] for metric in shares if has(told, metric)}
     return {"sets": sets, "routing": []}
 
 
 def _routing(job: Job, model: Any, tokenizer: Any, stage: int) -> Iterator[dict[str, Any]]:
     """The routers' state at the checkpoints of a stage, its end last."""
-    prompts = [prompt_of(row, job.template) for data in job.sets for row in data.rows[:PROMPTS]]
+    prompts = [prompt_of(row, job.study.data.template) for data in job.rows.sets for row in data.rows[:PROMPTS]]
     before = sum(int(recipe.max_steps or 0) for recipe in job.recipes[:stage])
     for path in checkpoints(Path(job.recipes[stage].output)) if prompts else []:
-        snapshot_weights(model, load_file(path / WEIGHTS, device=str(model.device)))
+        set_peft_model_state_dict(model, load_file(path / WEIGHTS, device=str(model.device)))
         if blocks := routing(model, tokenizer, prompts):
             yield {"step": before + int(path.name.rpartition("-")[2]), "blocks": blocks}
 
@@ -216,5 +206,6 @@ def trial(job: Job, steps: int = 4, rows: int = 8) -> Job:
     recipes = [
         replace(recipe, max_steps=steps, save_steps=steps, output=f"{recipe.output}-trial") for recipe in job.recipes
     ]
-    sets = [replace(data, rows=data.rows[:rows]) for data in job.sets]
-    return replace(job, recipes=recipes, sets=sets, texts=[replace(text, windows=2) for text in job.texts])
+    sets = [replace(data, rows=data.rows[:rows]) for data in job.rows.sets]
+    texts = [replace(text, windows=2) for text in job.rows.texts]
+    return replace(job, recipes=recipes, rows=replace(job.rows, sets=sets, texts=texts))

@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 
 from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertConfig
+from moa.adapters.presets import adapter_config
 from moa.choices import plain
+from moa.studies.methods import Method
 
 SIZED = [kind for kind, layer in EXPERTS.items() if layer.config.size_setting is not None]
 """The kinds of experts with a setting that makes them larger; others keep their size."""
@@ -42,6 +44,11 @@ class Size(NamedTuple):
 
     value: int
     raised: int = 0
+
+    def spread(self, layers: list[int]) -> list[tuple[int, list[int]]]:
+        """The blocks that have either value, where there are any."""
+        parts = [(self.value + 1, layers[: self.raised]), (self.value, layers[self.raised :])]
+        return [(value, chosen) for value, chosen in parts if chosen]
 
 
 class Sizable(Protocol):
@@ -85,9 +92,8 @@ class Mixture:
         layers = expert.layers or self._blocks
         together: dict[tuple[int, tuple[int, ...]], list[str | None]] = {}
         for target, size in sizes.items():
-            for value, chosen in ((size.value + 1, layers[: size.raised]), (size.value, layers[size.raised :])):
-                if chosen:
-                    together.setdefault((value, tuple(chosen)), []).append(target)
+            for value, chosen in size.spread(layers):
+                together.setdefault((value, tuple(chosen)), []).append(target)
         pieces = []
         for (value, places), targets in together.items():
             changes: dict[str, Any] = {"layers": expert.layers if list(places) == layers else list(places)}
@@ -113,12 +119,8 @@ class PeftLora:
     def section(self, sizes: list[Size]) -> dict[str, Any]:
         ranks: dict[str, int] = {}
         for target, size, part in zip(self._targets, sizes, self.parts, strict=True):
-            for value, layers in (
-                (size.value + 1, part.layers[: size.raised]),
-                (size.value, part.layers[size.raised :]),
-            ):
-                if layers:
-                    ranks[rf"\w+\.({'|'.join(map(str, layers))})\.(.*\.)?{target}"] = value
+            for value, layers in size.spread(part.layers):
+                ranks[rf"\w+\.({'|'.join(map(str, layers))})\.(.*\.)?{target}"] = value
         alphas = {pattern: self._scaling * rank for pattern, rank in ranks.items()}
         return self._section | {"rank_pattern": ranks, "alpha_pattern": alphas}
 
@@ -134,9 +136,17 @@ class PeftLily:
         return self._section | {"r": sizes[0].value + sizes[0].raised}
 
 
-def lily_variants(section: dict[str, Any], config: PeftConfig) -> Iterator[PeftLily]:
-    """Its rank moves in large steps, so unless the study sets the number of B matrices, others may be taken."""
-    given = config.num_B  # type: ignore[attr-defined]
-    others = [] if "num_B" in section else sorted(set(_NUMBERS_OF_B) - {given}, key=lambda n: abs(n - given))
-    for number in [given, *others]:
-        yield PeftLily(section | {"num_B": number}, config)
+def variants(method: Method, blocks: int) -> Iterator[Sizable]:
+    """Ways to size a method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""
+    section = method.section
+    config = adapter_config(section)
+    if isinstance(config, MoAConfig):
+        yield Mixture(section, config, method.grow or SIZED, blocks)
+    elif isinstance(config, LoraConfig):
+        yield PeftLora(section, config, blocks)
+    else:
+        # Lily's rank moves in large steps, so unless the study sets the number of B matrices, others may be taken.
+        given = config.num_B  # type: ignore[attr-defined]
+        others = [] if "num_B" in section else sorted(set(_NUMBERS_OF_B) - {given}, key=lambda n: abs(n - given))
+        for number in [given, *others]:
+            yield PeftLily(section | {"num_B": number}, config)

@@ -12,7 +12,7 @@ Everything that is measured on the way lies in a folder of the study, one for ea
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from moa.spans import SpanPlan, apply_spans
+from moa.spans import SpanPlan
 from moa.spans.baselines import far_influence, layer_only, two_class, uniform_window
 from moa.spans.evidence.calibration import calibrate, load_items
 from moa.spans.evidence.influence import influence
@@ -29,6 +29,7 @@ from moa.spans.evidence.validation import validate
 from moa.spans.search.plans import Limits, search
 from moa.studies.methods import BUILT, DENSE, PRESS
 from moa.studies.study import Calibration
+from moa.training.spans import plan_from, under
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Spans:
     def prepared(self, model: Any, tokenizer: Any) -> Callable[[int], SpanPlan | None]:
         """The plan by the length of what is read, in tokens; None: dense attention."""
         if self.name not in BUILT:
-            fixed = None if self.name in ("", DENSE) or self.pressed else SpanPlan.load(Path(self.name).expanduser())
+            fixed = None if self.name in ("", DENSE) or self.pressed else plan_from(self.name)
             return lambda length: fixed
         if self.name == "uniform":
             return lambda length: uniform_window(model, self.share, length)
@@ -103,9 +104,7 @@ class Spans:
 
     def applied(self, model: Any, plan: SpanPlan | None) -> AbstractContextManager[Any]:
         """The model attends so inside."""
-        if self.pressed:
-            return press(self.name, self.share)(model)
-        return nullcontext() if plan is None else apply_spans(model, plan)
+        return press(self.name, self.share)(model) if self.pressed else under(model, plan)
 
 
 def press(name: str, share: float) -> Any:

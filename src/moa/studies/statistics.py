@@ -38,7 +38,6 @@ class Estimate(NamedTuple):
     Attributes:
         mean: in the unit of the data.
         interval: its 95 % interval.
-        error: standard error.
         p: two-sided, against a mean of 0.
         p_seeds: exact sign-flip test over the seeds alone.
         by_seed: the mean of every seed.
@@ -46,7 +45,6 @@ class Estimate(NamedTuple):
 
     mean: float
     interval: tuple[float, float]
-    error: float
     p: float
     p_seeds: float
     by_seed: list[float]
@@ -75,11 +73,11 @@ def estimate(tasks: Sequence[Matrix], *, draws: int = DRAWS, seed: int = 0) -> E
     error, freedom = clustered_error(tasks)
     if error < 1e-12:  # every seed and item alike: nothing varies, or there is but one value
         certain = sum(task.size for task in tasks) > 1
-        return Estimate(mean, (mean, mean), 0.0, float(not certain or mean == 0), sign_flip(by_seed), by_seed.tolist())
+        return Estimate(mean, (mean, mean), float(not certain or mean == 0), sign_flip(by_seed), by_seed.tolist())
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     low, high = _bootstrap(tasks, draws, seed) * reach + mean
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    return Estimate(mean, (float(low), float(high)), error, p, sign_flip(by_seed), by_seed.tolist())
+    return Estimate(mean, (float(low), float(high)), p, sign_flip(by_seed), by_seed.tolist())
 
 
 def clustered_error(tasks: Sequence[Matrix]) -> tuple[float, float]:
@@ -139,9 +137,7 @@ def sign_flip(by_seed: NDArray[np.float64]) -> float:
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's step-down correction: adjusted p-values, in the order given."""
     order = np.argsort(p, kind="stable")
+    times = np.arange(len(p), 0, -1)
     adjusted = np.empty(len(p))
-    running = 0.0
-    for rank, place in enumerate(order):
-        running = max(running, (len(p) - rank) * p[place])
-        adjusted[place] = min(1.0, running)
+    adjusted[order] = np.minimum(np.maximum.accumulate(times * np.asarray(p, dtype=float)[order]), 1.0)
     return adjusted.tolist()

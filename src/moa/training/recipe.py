@@ -10,7 +10,7 @@ from pydantic import BeforeValidator
 
 from moa.data.templates import TemplateName
 from moa.recipes import find
-from moa.settings import Range, Several, knob, load, settings
+from moa.settings import Several, knob, load, settings
 
 FILE_NAME = "recipe.yaml"
 
@@ -24,10 +24,10 @@ class Data:
         "sources: tasks:all, tasks:NAME[,NAME], a .json or .jsonl file, a folder, or owner/name on the hub",
     )
     limit: int | None = knob(
-        None, "at most this many rows of each source, drawn at random (tasks: 1000 of each if empty)", within=Range(1)
+        None, "at most this many rows of each source, drawn at random (tasks: 1000 of each if empty)", ge=1
     )
     template: TemplateName = knob("alpaca", "prompt of rows with an instruction; chat is the base model's own template")
-    max_length: int = knob(512, "tokens of prompt and answer together; longer rows are cut at the end", within=Range(8))
+    max_length: int = knob(512, "tokens of prompt and answer together; longer rows are cut at the end", ge=8)
 
 
 def _by_name(given: Any) -> Any:
@@ -54,21 +54,21 @@ class Recipe:
     output: str = knob("moa-adapter", "folder for the adapter, its checkpoints and its log")
     spans: str | None = knob(None, "span plan (JSON) whose attention the adapter learns under; copied beside it")
 
-    epochs: float = knob(1.0, "passes over the data", within=Range(0, open_low=True))
-    max_steps: int | None = knob(None, "stop after this many optimizer steps instead of epochs", within=Range(1))
-    batch_size: int = knob(8, "rows per device and forward pass", within=Range(1))
-    gradient_accumulation_steps: int = knob(1, "forward passes per optimizer step", within=Range(1))
-    learning_rate: float = knob(7.5e-4, "peak learning rate of AdamW", within=Range(0, 1, open_low=True))
+    epochs: float = knob(1.0, "passes over the data", gt=0)
+    max_steps: int | None = knob(None, "stop after this many optimizer steps instead of epochs", ge=1)
+    batch_size: int = knob(8, "rows per device and forward pass", ge=1)
+    gradient_accumulation_steps: int = knob(1, "forward passes per optimizer step", ge=1)
+    learning_rate: float = knob(7.5e-4, "peak learning rate of AdamW", gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = knob(
         "cosine", "course of the learning rate after warm-up"
     )
-    warmup_ratio: float = knob(0.0, "share of all steps with linear warm-up", within=Range(0, 0.99))
-    warmup_steps: int | None = knob(None, "number of warm-up steps, instead of the ratio", within=Range(0))
-    weight_decay: float = knob(0.02, "of matrices only; biases and vectors have none", within=Range(0, 1))
-    beta1: float = knob(0.9, "AdamW: decay of the gradient's mean", within=Range(0, 0.999999))
-    beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean", within=Range(0, 0.999999))
-    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0 does not clip", within=Range(0))
-    seed: int = knob(0, "of initial weights, data order and dropout", within=Range(0, 2**32 - 1))
+    warmup_ratio: float = knob(0.0, "share of all steps with linear warm-up", ge=0, le=0.99)
+    warmup_steps: int | None = knob(None, "number of warm-up steps, instead of the ratio", ge=0)
+    weight_decay: float = knob(0.02, "of matrices only; biases and vectors have none", ge=0, le=1)
+    beta1: float = knob(0.9, "AdamW: decay of the gradient's mean", ge=0, le=0.999999)
+    beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean", ge=0, le=0.999999)
+    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0 does not clip", ge=0)
+    seed: int = knob(0, "of initial weights, data order and dropout", ge=0, le=2**32 - 1)
 
     dtype: Literal["auto", "float32", "bfloat16"] = knob(
         "auto", "of the frozen base; adapters stay float32. auto: bfloat16 where the accelerator has it, else float32"
@@ -76,9 +76,9 @@ class Recipe:
     four_bit: bool = knob(False, "load the base in 4 bits (needs an accelerator and bitsandbytes)")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, slower")
 
-    save_steps: int = knob(100, "steps between checkpoints; training resumes from the last one", within=Range(1))
-    keep_checkpoints: int = knob(2, "how many checkpoints to keep", within=Range(1))
-    log_steps: int = knob(10, "steps between lines of training_log.jsonl", within=Range(1))
+    save_steps: int = knob(100, "steps between checkpoints; training resumes from the last one", ge=1)
+    keep_checkpoints: int = knob(2, "how many checkpoints to keep", ge=1)
+    log_steps: int = knob(10, "steps between lines of training_log.jsonl", ge=1)
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = knob("none", "experiment tracker")
 
     def __post_init__(self) -> None:

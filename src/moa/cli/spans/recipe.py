@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moa.choices import check_range
 from moa.recipes import find
-from moa.settings import Range, Several, knob, load, save, settings
+from moa.settings import Several, knob, load, save, settings
 
 if TYPE_CHECKING:
     from moa.spans.evidence.sources import Source
@@ -44,28 +44,28 @@ class SpanRecipe:
     dtype: Literal["auto", "float32", "bfloat16"] = knob(
         "auto", "of the model. auto: bfloat16 where the accelerator has it, else float32"
     )
-    seed: int = knob(0, "of the order of texts and of generated ones", within=Range(0, 2**31 - 1))
+    seed: int = knob(0, "of the order of texts and of generated ones", ge=0, le=2**31 - 1)
 
     data: Data = knob(Data, "what the model is asked about")
     lengths: Several[int] = knob(lambda: [2048, 4096, 8192], "profiled lengths, tokens")
     extend: Several[int] = knob(lambda: [16384], "lengths bounded but not profiled, tokens")
-    validate_length: int = knob(12288, "longer length on which plans are compared, tokens", within=Range(1))
-    items: int = knob(50, "calibration items per profiled length", within=Range(1))
-    validate_items: int = knob(20, "held-out items of the longer length", within=Range(1))
-    max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", within=Range(1))
-    signal: float = knob(0.5, "least share of items that must need their far context; 0: any", within=Range(0, 1))
+    validate_length: int = knob(12288, "longer length on which plans are compared, tokens", ge=1)
+    items: int = knob(50, "calibration items per profiled length", ge=1)
+    validate_items: int = knob(20, "held-out items of the longer length", ge=1)
+    max_new_tokens: int = knob(128, "longest answer of the dense model, tokens", ge=1)
+    signal: float = knob(0.5, "least share of items that must need their far context; 0: any", ge=0, le=1)
 
     density: Several[float] = knob(
         lambda: [0.5], "greatest mean share of the dense KV cache; several, and each gets plans of its own"
     )
-    floor: float = knob(0.9, "least mean density, as a share of density", within=Range(0, 1))
-    rules_per_layer: int = knob(2, "most distinct rules in a layer", within=Range(1, 3))
-    step: int = knob(1024, "tokens between offsets of the rule grid", within=Range(1))
-    slopes: int = knob(9, "slopes of the rule grid, evenly from 0 to 1", within=Range(2))
-    intervals: int = knob(2, "pieces of every loss's range; more make a finer front", within=Range(1))
-    sink: int = knob(64, "first tokens that every head keeps", within=Range(1))
-    block: int = knob(64, "granularity of spans, tokens", within=Range(1))
-    seconds: float = knob(60.0, "longest time for one goal before pricing takes over", within=Range(0, open_low=True))
+    floor: float = knob(0.9, "least mean density, as a share of density", ge=0, le=1)
+    rules_per_layer: int = knob(2, "most distinct rules in a layer", ge=1, le=3)
+    step: int = knob(1024, "tokens between offsets of the rule grid", ge=1)
+    slopes: int = knob(9, "slopes of the rule grid, evenly from 0 to 1", ge=2)
+    intervals: int = knob(2, "pieces of every loss's range; more make a finer front", ge=1)
+    sink: int = knob(64, "first tokens that every head keeps", ge=1)
+    block: int = knob(64, "granularity of spans, tokens", ge=1)
+    seconds: float = knob(60.0, "longest time for one goal before pricing takes over", gt=0)
 
     def __post_init__(self) -> None:
         if not self.lengths:
