@@ -132,6 +132,7 @@ def test_committed_studies_are_valid(name):
         ({"methods": {"lora": {"grow": ["prompt"]}}}, r"methods.lora: grow='prompt' is not one of \['lora'\]"),
         ({"methods": {"ia3": {"preset": "lora", "experts": ["ia3"]}}}, "methods.ia3: nothing can grow"),
         ({"methods": {"soft-moa": {"grow": ["lroa"]}}}, "methods.soft-moa: grow='lroa'.*did you mean 'lora'"),
+        ({"methods": {"peft:lora": {"grow": ["lora"]}}}, "methods.peft:lora: grow=.* names experts of a mixture"),
         ({"methods": {"lora": {"budgets": [7]}}}, "methods.lora: budgets names 7"),
         ({"methods": {"lora": 4}}, "methods.lora=4 must be a section"),
         ({"methods": {"a b": {"preset": "lora"}}}, "'a b' must be up to 100 letters without spaces"),

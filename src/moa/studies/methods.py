@@ -123,6 +123,8 @@ class Method:
             if not sized:
                 raise ValueError("nothing can grow with the budget: none of its experts has a size")
             check_names("grow", self.grow or sized, sized)
+        elif self.grow:
+            raise ValueError(f"grow={self.grow} names experts of a mixture, and {self.preset!r} has none: leave it out")
 
 
 def check_budgets(what: str, own: list[float], budgets: list[float]) -> None:
