@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.adapters.low_rank import spread, tiled
-from moa.adapters.prompt_attention import Prompt, prompt_alone
+from moa.adapters.prompt_attention import Prompt
 from moa.adapters.routers import RouterLayer
+from moa.serving import products
 
 
 class PackedRouter(nn.Module):
@@ -62,7 +63,7 @@ class PackedRouter(nn.Module):
         logits = parts[0]
         if self.is_swiglu:
             assert self.weight2 is not None
-            logits = F.linear(F.silu(parts[0]) * parts[1], self.weight2, self.bias2)
+            logits = products.read(F.silu(parts[0]) * parts[1], self.weight2, self.bias2)
         weights: Tensor = self.gating(logits, threshold).weights
         return weights
 
@@ -74,8 +75,8 @@ Total: TypeAlias = Callable[[Tensor], Tensor]
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, total: Total | None) -> Tensor:
     """``x W^T + b``, (n, rows); given ``total``, ``x`` and ``W`` are one process's part of the features."""
     if total is None:
-        return F.linear(x, weight, bias)
-    low = total(F.linear(x, weight))
+        return products.read(x, weight, bias)
+    low = total(products.read(x, weight))
     return low if bias is None else low + bias
 
 
@@ -157,7 +158,7 @@ class PackedBottlenecks(nn.Module):
         parts = iter((low,) if len(self.sizes) == 1 else low.split(self.sizes, dim=-1))
         inner = [self._inner(run, parts) for run in self.runs]
         wide = inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1)
-        return torch.addmm(y, wide if gates is None else wide * gates, self.up)
+        return products.add(y, wide if gates is None else wide * gates, self.up)
 
     def _inner(self, run: _Run, parts: Iterator[Tensor]) -> Tensor:
         """What is between the matrices of one run, (n, width + biases), weighted by the router over its copies."""
@@ -243,12 +244,12 @@ class PackedPrompt(nn.Module):
         weights = gates
         if self.copies is not None:
             assert attended is not None
-            route = self.copies(F.linear(attended.flatten(0, -2), self.copies.weight, self.copies.bias))
+            route = self.copies(products.read(attended.flatten(0, -2), self.copies.weight, self.copies.bias))
             weights = route if gates is None else gates * route
         if weights is not None:
             weights = weights.view(query.shape[0], query.shape[2], -1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        added = prompt_alone(query, Prompt(self.key, self.value, self.head_gate), scale, weights)
+        added = products.attend(query, Prompt(self.key, self.value, self.head_gate), scale, weights)
         return output + added.to(output.dtype).reshape(output.shape)
 
 

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -26,6 +25,7 @@ from moa.adapters.context import first_argument, parameters_of_forward
 from moa.adapters.experts import ExpertLayer
 from moa.adapters.experts.forms import Bottleneck, Form, Reads, Rescaling
 from moa.adapters.tuner import TunerLayer
+from moa.serving import products
 from moa.serving.modules import PackedBottlenecks, PackedPrompt, PackedRescaling, PackedRouter, Placed
 from moa.serving.shards import Processes, shard
 
@@ -251,7 +251,8 @@ class PackedBlock(nn.Module):
         """Let the routers decide that read ``features`` (batch, tokens, in_features)."""
         now, routers, shared = self._now, self.routers[stage], self._shared[stage]
         if len(routers):  # type: ignore[arg-type]
-            low = F.linear(features.flatten(0, -2), getattr(self, f"{stage}_weight"), getattr(self, f"{stage}_bias"))
+            weight, bias = getattr(self, f"{stage}_weight"), getattr(self, f"{stage}_bias")
+            low = products.read(features.flatten(0, -2), weight, bias)
             sizes = [len(router.weight) for router in routers]  # type: ignore[union-attr]
             parts = low.split(sizes + [len(self.bottlenecks[i].down) for i in shared], dim=-1)
             for position, router, first in zip(self._routed[stage], routers, parts, strict=False):  # type: ignore[arg-type]
