@@ -31,17 +31,30 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[object, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("function", "arguments"), CASES.values(), ids=CASES)
-def test_what_is_written_out_is_the_product(function, arguments):
+def compiled(function: Callable[..., Tensor], *arguments: object) -> tuple[Tensor, set[str]]:
+    """What the traced function gives, and what it calls."""
     called: set[str] = set()
 
     def look(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         called.update(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
         return graph.forward
 
-    written_out = torch.compile(function, backend=look, fullgraph=True)(*arguments)
+    return torch.compile(function, backend=look, fullgraph=True)(*arguments), called
+
+
+@pytest.mark.parametrize(("function", "arguments"), CASES.values(), ids=CASES)
+def test_what_is_written_out_is_the_product(function, arguments):
+    written_out, called = compiled(function, *arguments)
     assert any("sum" in name for name in called)
     assert not any(name in target for target in called for name in ("linear", "addmm", "matmul"))
     expected = function(*arguments)
     assert written_out.shape == expected.shape
     torch.testing.assert_close(written_out, expected)
+
+
+def test_what_is_wide_stays_a_product():
+    wide = random(products.NARROW + 1, 12)
+    _, called = compiled(products.read, random(3, 12), wide)
+    assert not any("sum" in name for name in called)
+    _, called = compiled(products.add, random(3, 12), random(3, len(wide)), wide)
+    assert not any("sum" in name for name in called)

@@ -18,10 +18,13 @@ from torch import Tensor
 from moa.adapters.low_rank import spread
 from moa.adapters.prompt_attention import Prompt, prompt_alone
 
+NARROW = 64
+"""What is written out is at most so wide; two mixtures side by side often are wider."""
+
 
 def read(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` (..., rows) for ``x`` (..., in), ``weight`` (rows, in) and ``bias`` (rows,)."""
-    if not _is_written_out(x):
+    if not _is_written_out(x, len(weight)):
         return F.linear(x, weight, bias)
     low = (x.unsqueeze(-2) * weight).sum(-1, dtype=_wide(x))
     return (low if bias is None else low + bias).to(x.dtype)
@@ -29,16 +32,16 @@ def read(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add(y: Tensor, inner: Tensor, up: Tensor) -> Tensor:
     """``y + inner U`` (n, out) for ``inner`` (n, width) and ``up`` (width, out)."""
-    if not _is_written_out(y):
+    if not _is_written_out(y, len(up)):
         return torch.addmm(y, inner, up)
     return (y + (inner.unsqueeze(-1) * up).sum(-2, dtype=_wide(y))).to(y.dtype)
 
 
 def attend(query: Tensor, prompt: Prompt, scaling: float, weights: Tensor | None) -> Tensor:
     """See `moa.adapters.prompt_attention.prompt_alone`, which this computes."""
-    if not _is_written_out(query):
-        return prompt_alone(query, prompt, scaling, weights)
     kv_heads, size, _ = prompt.key.shape
+    if not _is_written_out(query, size):
+        return prompt_alone(query, prompt, scaling, weights)
     grouped = (query * scaling).unflatten(1, (kv_heads, -1)).unsqueeze(-2)  # (batch, kv_heads, group, tokens, 1, width)
     scores = (grouped * prompt.key.view(kv_heads, 1, 1, size, -1)).sum(-1, dtype=_wide(query)).flatten(1, 2)
     shares = torch.softmax(scores, dim=-1)
@@ -49,8 +52,8 @@ def attend(query: Tensor, prompt: Prompt, scaling: float, weights: Tensor | None
     return (parts * prompt.value.view(kv_heads, 1, 1, size, -1)).sum(-2).flatten(1, 2).transpose(1, 2)
 
 
-def _is_written_out(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
+def _is_written_out(x: Tensor, width: int) -> bool:
+    return width <= NARROW and torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _wide(x: Tensor) -> torch.dtype:
