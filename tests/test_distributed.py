@@ -237,6 +237,7 @@ def work(rank, folder):
             results[name] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
+    dist.barrier()  # gloo's loop was seen to crash in a process whose peer was not done
     dist.destroy_process_group()
 
 
