@@ -41,7 +41,7 @@ def fit(method: Method, base: str, budget: int, *, tolerance: float = 0.01) -> F
     if not method.trains:
         return Fit({}, 0, {})
     reached, floors = [], []
-    for variant in variants(method, blocks_of(base)):
+    for variant in variants(method.section, method.grow, blocks_of(base)):
         ladder = Ladder(variant, base)
         found = ladder.solve(budget)
         if abs(found.trained - budget) <= tolerance * budget:

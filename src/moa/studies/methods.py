@@ -115,11 +115,10 @@ class Method:
     def _check_adapter(self) -> None:
         from moa.adapters.config import MoAConfig
         from moa.adapters.presets import adapter_config
-        from moa.studies.sizing import SIZED
 
         config = adapter_config(self.section)
         if isinstance(config, MoAConfig):
-            sized = sorted({expert.kind for expert in config.experts} & set(SIZED))
+            sized = sorted({expert.kind for expert in config.experts if expert.size_setting is not None})
             if not sized:
                 raise ValueError("nothing can grow with the budget: none of its experts has a size")
             check_names("grow", self.grow or sized, sized)

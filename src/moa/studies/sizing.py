@@ -17,7 +17,6 @@ from moa.adapters.config import MoAConfig
 from moa.adapters.experts import EXPERTS, ExpertConfig
 from moa.adapters.presets import adapter_config
 from moa.choices import plain
-from moa.studies.methods import Method
 
 SIZED = [kind for kind, layer in EXPERTS.items() if layer.config.size_setting is not None]
 """The kinds of experts with a setting that makes them larger; others keep their size."""
@@ -136,12 +135,17 @@ class PeftLily:
         return self._section | {"r": sizes[0].value + sizes[0].raised}
 
 
-def variants(method: Method, blocks: int) -> Iterator[Sizable]:
-    """Ways to size a method on a base of ``blocks`` decoder blocks, nearest to its configuration first."""
-    section = method.section
+def variants(section: dict[str, Any], grow: list[str], blocks: int) -> Iterator[Sizable]:
+    """Ways to size an adapter on a base of ``blocks`` decoder blocks, nearest to its configuration first.
+
+    Args:
+        section: the adapter as a recipe has it.
+        grow: kinds of experts that follow the budget; all that have a size if empty.
+        blocks: of the base.
+    """
     config = adapter_config(section)
     if isinstance(config, MoAConfig):
-        yield Mixture(section, config, method.grow or SIZED, blocks)
+        yield Mixture(section, config, grow or SIZED, blocks)
     elif isinstance(config, LoraConfig):
         yield PeftLora(section, config, blocks)
     else:
