@@ -237,7 +237,7 @@ def work(rank, folder):
             results[name] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
-    dist.barrier()  # gloo's loop was seen to crash in a process whose peer was not done
+    dist.barrier()  # gloo's loop crashed once on a full machine; that a peer had left early is a guess
     dist.destroy_process_group()
 
 

@@ -133,6 +133,11 @@ def test_committed_studies_are_valid(name):
         ({"methods": {"ia3": {"preset": "lora", "experts": ["ia3"]}}}, "methods.ia3: nothing can grow"),
         ({"methods": {"soft-moa": {"grow": ["lroa"]}}}, "methods.soft-moa: grow='lroa'.*did you mean 'lora'"),
         ({"methods": {"peft:lora": {"grow": ["lora"]}}}, "methods.peft:lora: grow=.* names experts of a mixture"),
+        (
+            {"methods": {"b": {"preset": "none", "learning_rates": [0.1]}}},
+            r"methods.b: .*takes no \['learning_rates'\]",
+        ),
+        ({"methods": {"b": {"preset": "none", "grow": ["lora"], "r": 2}}}, r"methods.b: .*takes no \['r', 'grow'\]"),
         ({"methods": {"lora": {"budgets": [7]}}}, "methods.lora: budgets names 7"),
         ({"methods": {"lora": 4}}, "methods.lora=4 must be a section"),
         ({"methods": {"a b": {"preset": "lora"}}}, "'a b' must be up to 100 letters without spaces"),

@@ -97,8 +97,11 @@ class Method:
             self._check_spans(self.budgets or budgets)
             if self.trains:
                 self._check_adapter()
-            elif self.changes or self.grow or self.training:
-                raise ValueError(f"preset 'none' trains nothing, so it takes no {[*self.changes]}")
+            elif unread := [
+                *self.changes,
+                *(key for key in ("grow", "learning_rates", "training") if getattr(self, key)),
+            ]:
+                raise ValueError(f"preset 'none' trains nothing, so it takes no {unread}")
 
     def _check_spans(self, budgets: list[float]) -> None:
         if self.spans and not self.spans.startswith(PRESS) and not self.spans.endswith(".json"):
