@@ -111,7 +111,7 @@ def test_the_inspector_compares_it_and_its_copies():
 
 def test_a_study_grows_it():
     method = Method.from_tree("m", {"preset": "parallel-adapter", "experts": [{"kind": "adapter", "size": 4}]})
-    (sizable,) = variants(method, 2)
+    (sizable,) = variants(method.section, method.grow, 2)
     assert [(part.name, part.configured) for part in sizable.parts] == [("adapter size", 4)]
     experts = sizable.section([Size(6, raised=1)])["experts"]
     assert [(expert["kind"], expert["size"], expert["layers"]) for expert in experts] == [
