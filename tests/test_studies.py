@@ -32,7 +32,7 @@ from moa.evaluation.retrieval import text_losses
 from moa.studies import cells as grid
 from moa.studies.budget import fit
 from moa.studies.cells import TEST, Cell
-from moa.studies.conduct import conduct, seconds_for
+from moa.studies.conduct import conduct, job, seconds_for
 from moa.studies.data import has, load
 from moa.studies.engine import Engine
 from moa.studies.methods import Method
@@ -276,7 +276,7 @@ def planned(tree) -> Plan:
 
 def test_the_same_seed_gives_the_same_cell(planned):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
-    first, second = ({**run(planned.job(cell))} for _ in range(2))
+    first, second = ({**run(job(planned, cell))} for _ in range(2))
     for timing in ("seconds", "cpu_seconds", "step_seconds", "peak_memory_mib"):
         assert first.pop(timing)
         assert second.pop(timing)
@@ -289,26 +289,26 @@ def test_the_same_seed_gives_the_same_cell(planned):
     assert set(block["gate"]) == {"q", "k", "v", "prompt", "o", "down", "parallel"}
     assert all(share == 1.0 for share in block["active"].values())
     assert block["dead"] == []
-    other = run(planned.job(Cell(TEST, "soft-moa", 8000, 1, 0.01)))
+    other = run(job(planned, Cell(TEST, "soft-moa", 8000, 1, 0.01)))
     assert other["sets"] != first["sets"]
-    assert not Path(planned.job(cell).recipes[0].output).exists()
+    assert not Path(job(planned, cell).recipes[0].output).exists()
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_methods_of_peft_run_the_same_way(tree, name):
     tree |= {"methods": {"yardstick": {"preset": name}}, "claims": [], "tolerance": 0.1, "budgets": [9000]}
     planned = plan(Study(**tree))
-    result = run(planned.job(Cell(TEST, "yardstick", 9000, 0, 0.01)))
+    result = run(job(planned, Cell(TEST, "yardstick", 9000, 0, 0.01)))
     assert result["routing"] == []
     assert np.isfinite(result["sets"]["asked"]["answer_loss"]).all()
     assert result["step_seconds"] > 0
 
 
 def test_a_run_that_diverges_is_a_result(planned):
-    job = planned.job(Cell(TEST, "lora", 8000, 0, 1.0))
-    for expert in job.recipes[0].adapter["experts"]:
+    whole = job(planned, Cell(TEST, "lora", 8000, 0, 1.0))
+    for expert in whole.recipes[0].adapter["experts"]:
         expert["alpha"] = 1e30
-    result = run(job)
+    result = run(whole)
     assert "step" in result["diverged"]
     assert sum(result["sets"]["asked"]["accuracy"]) == 0
     assert "answer_loss" not in result["sets"]["asked"]
@@ -415,23 +415,23 @@ def test_a_later_stage_goes_on_from_what_the_first_left(staged, tmp_path):
     cell = Cell(TEST, "soft-moa", 8000, 0, 0.01)
     assert [len(rows) for rows in planned.rows.stages] == [34, 18]
     assert len(planned.rows.validation) == 8
-    both = run(planned.job(cell))
+    both = run(job(planned, cell))
     first = plan(Study(**staged | {"data": staged["data"] | {"then": []}}))
     # Other validation rows would be another first stage.
-    alone = replace(planned.job(cell), recipes=planned.job(cell).recipes[:1])
+    alone = replace(job(planned, cell), recipes=job(planned, cell).recipes[:1])
     assert first.configuration(cell) != planned.configuration(cell)
     once = run(alone)
     assert both["stages"] == [{"sets": once["sets"]}]
     assert both["sets"] != once["sets"]
     assert [state["step"] for state in both["routing"]] == [2, 3, 5, 6]
     assert both["routing"][:2] == once["routing"]
-    afresh = run(replace(alone, recipes=planned.job(cell).recipes[1:]))
+    afresh = run(replace(alone, recipes=job(planned, cell).recipes[1:]))
     assert afresh["sets"] != both["sets"]
 
 
 def test_running_text_has_a_loss_for_every_window(staged, tmp_path):
     planned = plan(Study(**staged))
-    result = run(planned.job(Cell(TEST, "base", 8000, 0, 0.0)))
+    result = run(job(planned, Cell(TEST, "base", 8000, 0, 0.0)))
     text = result["sets"]["plain-32"]
     model, tokenizer = load_base(staged["base"], "float32")
     losses = text_losses(model, tokenizer, planned.rows.texts[0])
@@ -469,7 +469,7 @@ def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
     data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
     study = Study(**tree | {"data": data, "metrics": ["choice"], "methods": {"base": {"preset": "none"}}, "claims": []})
     planned = plan(study)
-    sets = run(planned.job(Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
+    sets = run(job(planned, Cell(TEST, "base", 8000, 0, 0.0)))["sets"]
     assert "choice" not in sets["asked"]
     assert set(sets["odd"]["choice"]) <= {0, 1}
     model, tokenizer = load_base(tree["base"], "float32")

@@ -16,7 +16,7 @@ from moa.evaluation.retrieval import text_losses
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.baselines import uniform_window
 from moa.studies.cells import TEST, Cell
-from moa.studies.conduct import conduct
+from moa.studies.conduct import conduct, job
 from moa.studies.engine import Engine
 from moa.studies.plan import Plan, plan
 from moa.studies.report import markdown, write_report
@@ -45,7 +45,7 @@ def tree(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def result_of(planned: Plan, method: str) -> dict[str, Any]:
-    return run(planned.job(Cell(TEST, method, planned.study.budgets[0], 0, 0.0)))
+    return run(job(planned, Cell(TEST, method, planned.study.budgets[0], 0, 0.0)))
 
 
 def test_a_plan_is_measured_as_it_is_used(tree, tiny_base):
@@ -100,7 +100,7 @@ def test_an_adapter_may_learn_under_a_plan_and_be_measured_under_another(tree, t
     }
     planned = plan(Study(**tree))
     cells = {method: Cell(TEST, method, 8000, 0, 0.01) for method in planned.methods}
-    texts = {method: run(planned.job(cell))["sets"]["plain-256"] for method, cell in cells.items()}
+    texts = {method: run(job(planned, cell))["sets"]["plain-256"] for method, cell in cells.items()}
     assert {method: text.get("kv_share") for method, text in texts.items()} == {
         "under": 0.5,
         "practice": 0.5,

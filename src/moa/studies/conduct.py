@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
@@ -11,7 +11,7 @@ from moa.studies import cells as grid
 from moa.studies.cells import TEST, Cell
 from moa.studies.engine import Engine, Failure, Task, run_all
 from moa.studies.plan import Plan, Result, check_versions
-from moa.studies.runner import keep, run, trial
+from moa.studies.runner import Job, keep, run, trial
 
 
 @dataclass
@@ -85,10 +85,15 @@ def _run(
     return [outcome for outcome in outcomes if isinstance(outcome, Failure)]
 
 
+def job(plan: Plan, cell: Cell) -> Job:
+    """What a worker does for a cell."""
+    return Job(plan.study, cell, plan.recipes(cell), replace(plan.rows, stages=[]), plan.folder)
+
+
 def _task(plan: Plan, cell: Cell) -> Task:
     trained = plan.fits[cell.method, cell.budget].trained
     about = {"configuration": plan.configuration(cell), "trained_parameters": trained}
-    return Task(partial(keep, plan.job(cell), about, plan.path(cell)), plan.folder / "logs" / f"{cell.name}.log")
+    return Task(partial(keep, job(plan, cell), about, plan.path(cell)), plan.folder / "logs" / f"{cell.name}.log")
 
 
 def seconds_for(cells: Sequence[Cell], known: dict[Cell, Result], workers: int) -> float | None:
@@ -115,7 +120,7 @@ def trial_seconds(plan: Plan, method: str) -> tuple[float, float]:
     """
     study = plan.study
     cell = Cell(TEST, method, study.budgets_of(method)[0], study.seeds[0], study.rates_of(method)[0])
-    whole = plan.job(cell)
+    whole = job(plan, cell)
     short = trial(whole)
     log = plan.folder / "logs" / f"{cell.name}-trial.log"
     (outcome,) = run_all([Task(partial(run, short), log)], Engine(), lambda: None)

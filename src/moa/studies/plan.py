@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from moa.studies.budget import Fit, fit
 from moa.studies.cells import TEST, Cell, Rates
 from moa.studies.data import Rows, about, has, load
 from moa.studies.methods import CALIBRATED
-from moa.studies.runner import Job
 from moa.studies.study import Study
 from moa.training.recipe import Recipe
 from moa.training.spans import plan_from
@@ -75,10 +74,6 @@ class Plan:
     def first_rates(self) -> Rates:
         """To know what will be compared while tries are missing."""
         return {key: self.study.rates_of(key[0])[0] for key in self.fits}
-
-    def job(self, cell: Cell) -> Job:
-        """What a worker does for a cell."""
-        return Job(self.study, cell, self.recipes(cell), replace(self.rows, stages=[]), self.folder)
 
     def recipes(self, cell: Cell) -> list[Recipe]:
         """What the cell trains, stage by stage."""
