@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from moa.spans.evidence import probe
 from moa.spans.evidence.influence import Influence, influence
 from moa.spans.evidence.items import Item, log_odds, response_loss
 from moa.spans.evidence.probe import BlockSums, probing
@@ -39,8 +41,10 @@ def official() -> tuple[LlamaForCausalLM, Item, dict[str, torch.Tensor]]:
     return model, Item(tuple(tensors["input_ids"][0].tolist()), marks), tensors
 
 
+@pytest.mark.parametrize("rows", [50, 512])
 @pytest.mark.parametrize("block", [1, 16, 64])
-def test_official_influence(official, block):
+def test_official_influence(official, block, rows, monkeypatch):
+    monkeypatch.setattr(probe, "ROWS", rows)
     model, text, tensors = official
     found = influence(model, [text], 128, block, loss="cross-entropy")
     signed = tensors[f"effect_block{block}_signed"][0]
@@ -84,7 +88,8 @@ def by_score_gradients(model: Any, text: Item) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ON_INTERFACE)
-def test_every_family_without_code_for_it(family):
+def test_every_family_without_code_for_it(family, monkeypatch):
+    monkeypatch.setattr(probe, "ROWS", 7)  # of 24, so that some rows come after others
     # torch has no grouped matrix product of experts in float64.
     model = build_family(family, dtype=torch.float32 if FAMILIES[family].down is False else torch.float64)
     if FAMILIES[family].settings.get("sliding_window"):
@@ -100,7 +105,7 @@ def test_memory_is_that_of_a_block(tiny_llama):
     """What a text keeps for the way back, in bytes: one input for every block more."""
     kept = []
     for layers in (2, 6):
-        model, text, sizes = tiny_llama(num_hidden_layers=layers).eval(), item(64, 60, vocabulary=259), []
+        model, text, sizes = tiny_llama(num_hidden_layers=layers).eval(), item(61, 57, vocabulary=259), []
         before = dict(vars(model.model.layers[0]))
 
         def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -109,8 +114,10 @@ def test_memory_is_that_of_a_block(tiny_llama):
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, probing(model, BlockSums(layers, 2, 64, 8)), torch.enable_grad():
-            response_loss(model, text)
+            loss = response_loss(model, text)
         kept.append(sum(sizes))
+        assert loss.requires_grad
+        assert not [t for t in gc.get_objects() if torch.is_tensor(t) and t.shape[-2:] == (61, 61)]  # masks neither
         assert vars(model.model.layers[0]) == before
     assert kept[1] - kept[0] <= 4 * 64 * model.config.hidden_size * 4 * 2
 

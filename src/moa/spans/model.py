@@ -20,6 +20,7 @@ from torch import Tensor, nn
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 SAMPLED = 1024  # rows of the embeddings
+AT_A_TIME = 2**16  # bytes of weights
 PLACES = ("base_model_name_or_path", "inference_mode", "revision")  # settings of an adapter that change no number
 
 
@@ -117,4 +118,6 @@ def _row_sums(tensor: Tensor) -> bytes:
     flat = tensor.contiguous().reshape(max(tensor.shape[0], 1) if tensor.dim() else 1, -1)
     if tensor.is_meta or not flat.numel():  # weights that are kept on disk are told by name and shape alone
         return b""
-    return flat.view(torch.uint8).sum(1, dtype=torch.int64).cpu().numpy().tobytes()
+    numbers = flat.view(torch.uint8)
+    some = max(AT_A_TIME // numbers.shape[1], 1)  # a sum of bytes as int64 first makes int64 of them all
+    return torch.cat([rows.sum(1, dtype=torch.int64) for rows in numbers.split(some)]).cpu().numpy().tobytes()

@@ -6,8 +6,8 @@ changes the loss to first order by
     E[i, j] = -A[i, j] / (1 - A[i, j]) * (g[i, j] - sum_n g[i, n] A[i, n])        (arXiv 2406.14909, equation 3)
 
 Forward is torch's own where that can do it, and keeps queries, keys and values only. Backward computes the weights of
-one head again, in float32, so that no more than a few N x N matrices of a single head exist at a time; ``E`` is summed
-over blocks on the spot.
+some rows of one head again, in float32, and sums ``E`` over blocks on the spot: no N x N matrix of numbers ever exists,
+and where attention is causal the upper right of it is not even computed.
 
 Limits: one text per forward and no padding; self-attention only.
 """
@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer as Block
 
 NAME = "moa-influence"
+ROWS = 512  # at a time: few enough to leave out most of a causal upper right, enough for products to run at full speed
 
 
 class BlockSums:
@@ -47,18 +48,30 @@ class BlockSums:
         self.absolute = torch.zeros_like(self.signed)
         self.seen: set[int] = set()
 
-    def add(self, layer: int, head: int, effect: Tensor) -> None:
-        """Add one query head's (N, N) influence, consumed, to KV head ``head``; tokens past ``length`` are left out."""
-        effect = effect[: self.length, : self.length]
-        self.signed[layer, head] += self._blocks(effect)
-        self.absolute[layer, head] += self._blocks(effect.abs_())
+    def add(self, layer: int, head: int, start: int, effect: Tensor) -> None:
+        """Add rows of one query head's influence to KV head ``head``; tokens past ``length`` are left out.
+
+        Args:
+            layer: whose.
+            head: of the KV heads.
+            start: the first row's token, at the start of a block.
+            effect: (rows, keys) from the first key on; consumed.
+        """
+        effect = effect[: self.length - start, : self.length]
+        first = start // self.block
+        for total, sums in ((self.signed, self._blocks(effect)), (self.absolute, self._blocks(effect.abs_()))):
+            total[layer, head, first : first + len(sums), : sums.shape[1]] += sums
         self.seen.add(layer)
 
     def _blocks(self, effect: Tensor) -> Tensor:
-        count = self.signed.shape[-1]
-        missing = count * self.block - effect.shape[0]
-        padded = pad(effect, (0, missing, 0, missing)) if missing else effect
-        return padded.reshape(count, self.block, count, self.block).sum((1, 3)).cpu()
+        missing = [-size % self.block for size in effect.shape]
+        padded = pad(effect, (0, missing[1], 0, missing[0])) if any(missing) else effect
+        return padded.unflatten(1, (-1, self.block)).unflatten(0, (-1, self.block)).sum((1, 3)).cpu()
+
+    def rows(self, length: int) -> list[slice]:
+        """Some `ROWS` of ``length`` at a time, whole blocks."""
+        step = max(ROWS // self.block, 1) * self.block
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 _sums: ContextVar[BlockSums | None] = ContextVar("influence sums", default=None)
@@ -132,40 +145,45 @@ class _Head(NamedTuple):
     """What a head's scores are made of, beside queries and keys.
 
     Attributes:
-        causal: whether every query sees itself and all before it.
-        visible: (N, N) bool, or numbers to add to the scores.
+        mask: (N, N) bool, True where a query sees, or numbers to add to the scores; None: itself and all before it.
         scaling: of the scores.
         softcap: bound of the scores, None for none.
         sinks: (query heads,) logits of a column that nobody attends to, None for none.
     """
 
-    causal: bool
-    visible: Tensor
+    mask: Tensor | None
     scaling: float
     softcap: float | None
     sinks: Tensor | None
 
     @classmethod
     def of(cls, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> _Head:
-        length = query.shape[2]
-        if mask is None:
-            visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        else:
-            visible = mask[0, 0, :, :length]
+        own = None if mask is None else mask[0, 0, :, : query.shape[2]]
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        return cls(mask is None, visible, scaling, options.get("softcap"), options.get("s_aux"))
+        return cls(own, scaling, options.get("softcap"), options.get("s_aux"))
 
-    def weights(self, q: Tensor, k: Tensor, head: int) -> tuple[Tensor, Tensor | None]:
-        """(N, N) float32 weights of one head's (N, size) queries and keys, and the slope of the soft cap, if any."""
-        scores, slope = (q @ k.T).float().mul_(self.scaling), None
+    def keys(self, rows: slice) -> slice:
+        """What any of the queries in ``rows`` may look at."""
+        return slice(0, rows.stop if self.mask is None else None)
+
+    def visible(self, scores: Tensor, rows: slice) -> Tensor:
+        """The mask's part for ``scores`` (rows, keys)."""
+        if self.mask is None:
+            return torch.ones_like(scores, dtype=torch.bool).tril_(rows.start)
+        return self.mask[rows]
+
+    def weights(self, q: Tensor, k: Tensor, head: int, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Float32 weights (rows, keys) of a head's (N, size) queries and keys, and the soft cap's slope, if any."""
+        scores, slope = (q[rows] @ k[self.keys(rows)].T).float().mul_(self.scaling), None
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap)
             slope = 1 - scores.square()
             scores = scores * self.softcap
-        if self.visible.dtype == torch.bool:
-            scores.masked_fill_(~self.visible, float("-inf"))
+        visible = self.visible(scores, rows)
+        if visible.dtype == torch.bool:
+            scores.masked_fill_(~visible, float("-inf"))
         else:
-            scores = scores + self.visible
+            scores = scores + visible
         if self.sinks is None:
             return torch.softmax(scores, -1), slope
         sink = self.sinks[head].float().expand(len(scores), 1)
@@ -181,51 +199,60 @@ class _Probe(torch.autograd.Function):
         ctx.head_of, ctx.sums, ctx.layer = head_of, sums, layer
         group = query.shape[1] // key.shape[1]
         if head_of.softcap is None and head_of.sinks is None:
-            mask = None if head_of.causal else head_of.visible[None, None]
-            settings = {"is_causal": head_of.causal, "scale": head_of.scaling, "enable_gqa": group > 1}
+            mask = None if head_of.mask is None else head_of.mask[None, None]
+            settings = {"is_causal": mask is None, "scale": head_of.scaling, "enable_gqa": group > 1}
             return scaled_dot_product_attention(query, key, value, mask, **settings)
-        heads = [
-            head_of.weights(query[0, head], key[0, head // group], head)[0].to(value.dtype) @ value[0, head // group]
-            for head in range(query.shape[1])
-        ]
-        return torch.stack(heads)[None]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        for head in range(query.shape[1]):
+            own = head // group
+            for rows in sums.rows(query.shape[2]):
+                weights, _ = head_of.weights(query[0, head], key[0, own], head, rows)
+                output[0, head, rows] = weights.to(value.dtype) @ value[0, own, head_of.keys(rows)]
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        head_of, sums = ctx.head_of, ctx.sums
+        to_query = torch.empty_like(query)
+        # summed over rows and over the query heads of a group, in float32 like everything a head's numbers go into
+        to_key, to_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         group = query.shape[1] // key.shape[1]
         for head in range(query.shape[1]):
-            own, output = head // group, gradients[0][0, head]
+            own = head // group
             q, k, v = query[0, head], key[0, own], value[0, own]
-            weights, slope = ctx.head_of.weights(q, k, head)
-            to_value[0, own] += weights.to(v.dtype).T @ output
-            to_scores, effect = _effect(weights, (output @ v.T).float())
-            ctx.sums.add(ctx.layer, own, effect)
-            if slope is not None:
-                to_scores *= slope
-            to_scores = (to_scores * ctx.head_of.scaling).to(q.dtype)
-            to_query[0, head] = to_scores @ k
-            to_key[0, own] += to_scores.T @ q
-        return to_query, to_key, to_value, None, None, None
+            for rows in sums.rows(query.shape[2]):
+                keys, output = head_of.keys(rows), gradients[0][0, head, rows]
+                weights, slope = head_of.weights(q, k, head, rows)
+                to_value[0, own, keys] += weights.to(v.dtype).T @ output
+                to_scores, effect = _effect(weights, (output @ v[keys].T).float(), rows.start)
+                sums.add(ctx.layer, own, rows.start, effect)
+                if slope is not None:
+                    to_scores *= slope
+                to_scores = (to_scores * head_of.scaling).to(q.dtype)
+                to_query[0, head, rows] = to_scores @ k[keys]
+                to_key[0, own, keys] += to_scores.T @ q[rows]
+        return to_query, to_key.to(key.dtype), to_value.to(value.dtype), None, None, None
 
 
-def _effect(weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _effect(weights: Tensor, gradient: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """What the loss does, to first order, by a change of each score and by taking out each entry.
 
     Args:
-        weights: (N, N) float32.
+        weights: (rows, keys) float32.
         gradient: of the loss by the weights; consumed.
+        start: the first row's token.
 
     Returns:
-        dL/dscore and the effect of taking an entry out, both (N, N).
+        dL/dscore and the effect of taking an entry out, both (rows, keys).
     """
     first = gradient[0].clone()
     kept = (weights * gradient).sum(-1, keepdim=True)
     to_scores = gradient.sub_(kept).mul_(weights)
     effect = to_scores / (weights - (1 + torch.finfo(weights.dtype).eps))
     # The first row's only entry is 1: there is nothing to renormalise onto, what is lost is its contribution.
-    effect[0] = -weights[0] * first
+    if start == 0:
+        effect[0] = -weights[0] * first
     return to_scores, effect
 
 
