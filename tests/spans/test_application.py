@@ -509,3 +509,32 @@ def test_a_plan_knows_its_model(tmp_path: Path) -> None:
     other.config._name_or_path = ""
     with pytest.raises(ValueError, match="a model without a name"):
         apply_spans(other, plan)
+
+
+@pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS, sink=SINK, block=BLOCK)])
+@pytest.mark.parametrize("cut", [30, LENGTH - 1])
+def test_gradients_do_not_end_in_a_cache_without_a_word(plan: SpanPlan, cut: int) -> None:
+    model, tokens = tiny(), ids(length=LENGTH)
+    with apply_spans(model, plan, length=LENGTH):
+        with torch.no_grad():
+            expected = model(tokens).logits[:, cut:]
+            cache = model(tokens[:, :cut]).past_key_values
+        with pytest.raises(ValueError, match=r"no keys and values with gradients.*no_grad"):
+            model(tokens[:, cut:], past_key_values=copy.deepcopy(cache))
+        model.requires_grad_(False)
+        close(model(tokens[:, cut:], past_key_values=cache).logits, expected)
+
+
+def test_a_model_that_attends_twice_to_its_keys_needs_no_cache() -> None:
+    """DiffLlama gives attention half of the values at a time, of which a ring would keep one half."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+    config = transformers.DiffLlamaConfig(
+        **settings, num_attention_heads=4, num_key_value_heads=KV_HEADS, attn_implementation="sdpa"
+    )
+    model, plan, tokens = transformers.DiffLlamaForCausalLM(config).eval(), mixed_plan(), ids(length=LENGTH)
+    with by_definition(model, plan.spans(LENGTH)):
+        expected = logits(model, tokens, use_cache=False)
+    with apply_spans(model, plan, length=LENGTH):
+        close(logits(model, tokens, use_cache=False), expected)
+        with pytest.raises(ValueError, match=r"layer 0 attends twice.*use_cache=False"):
+            logits(model, tokens)

@@ -147,7 +147,7 @@ class AppliedSpans:
         if len(args) > 1:  # a cache may be among them
             args, kwargs = (), {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         self._refuse_weights(kwargs.get("output_attentions"))
-        self.handover.layer = self.handover.longest = None
+        self.handover.layer = self.handover.read = self.handover.longest = None
         cache = _hosts.cache_of(kwargs)
         if torch.is_grad_enabled():
             return args, kwargs
