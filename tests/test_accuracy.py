@@ -116,6 +116,14 @@ def test_no_rows_is_an_error(lively: Any, tiny_tokenizer: Any):
         answer_loss(lively, tiny_tokenizer, [], template="short")
 
 
+def test_a_gold_answer_that_no_rule_reads_is_refused_before_anything_is_asked(lively: Any, tiny_tokenizer: Any):
+    rows = [{"instruction": text, "input": "", "answer": text} for text in ("a", "?!")]
+    asked: list[int] = []
+    with pytest.raises(ValueError, match=r"'\?!' is not a text"):
+        evaluate(lively, tiny_tokenizer, rows, template="short", max_new_tokens=1, progress=asked.append)
+    assert not asked
+
+
 @pytest.fixture
 def chatty(tiny_tokenizer: Any) -> Any:
     """The tokenizer with a chat template."""
