@@ -173,6 +173,19 @@ def test_known_answers_are_found_in_the_conversation(tiny_tokenizer, monkeypatch
     assert tiny_tokenizer.decode(tokens).count("It is 1234.") == 2
 
 
+def test_a_fact_at_the_end_of_the_text_is_not_taken_for_its_answer(tiny_tokenizer, monkeypatch):
+    """Chat templates of instruction-tuned models begin with some hundred letters of their own."""
+    opening = "you are helpful. " * 8
+    monkeypatch.setattr(
+        tiny_tokenizer, "chat_template", opening + "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    )
+    context, asked = "words. " * 4 + "it is 1234.", (Turn("which?", "it is", "1234"), Turn("again?", "it is", "1234"))
+    tokens, answers = conversation(tiny_tokenizer, Passage(context, asked))
+    assert len(answers) == 2
+    assert tiny_tokenizer.decode(tokens[: answers[0].start]).endswith("which?><it is")
+    assert tiny_tokenizer.decode(tokens[: answers[1].start]).endswith("again?><it is")
+
+
 def test_a_prompt_never_ends_with_end_of_text(tiny_tokenizer):
     class Ending:
         chat_template = None
