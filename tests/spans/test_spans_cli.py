@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moa.cli import app
-from moa.cli.spans.recipe import SpanRecipe
+from moa.cli.spans.recipe import PlanFolder, SpanRecipe
 from moa.recipes import names
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.evidence.influence import Influence
@@ -198,3 +198,10 @@ def test_shipped_recipes_are_valid_and_say_what_they_do(name, tmp_path):
     loaded.save(tmp_path)
     again = SpanRecipe(**yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
     assert again == loaded
+
+
+def test_plans_stay_in_their_order_beyond_a_hundred(tmp_path):
+    folder = PlanFolder(tmp_path)
+    for place in (100, 9, 10, 11, 101):
+        folder.plan(place).touch()
+    assert folder.front() == [folder.plan(place) for place in (9, 10, 11, 100, 101)]
