@@ -45,6 +45,18 @@ Several = Annotated[
 """A list; one value alone may be written without brackets."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, of which a key that is there twice is none: the first would be dropped."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def knob(default: Any, doc: str, **limits: float) -> Any:
     """A field with its documentation.
 
@@ -92,7 +104,10 @@ def load(cls: type[T], path: Path, overrides: Mapping[str, Any] | None = None) -
     with named(path.name):
         tree = read(path)
         for key, given in (overrides or {}).items():
-            _override(tree, key, _parsed(given) if isinstance(given, str) else [_parsed(text) for text in given])
+            texts = [
+                _parsed(text, as_text=_takes_text(cls, key)) for text in ([given] if isinstance(given, str) else given)
+            ]
+            _override(tree, key, texts[0] if isinstance(given, str) else texts)
         return cls(**tree)
 
 
@@ -104,7 +119,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except Exception as error:  # PyYAML's, or whatever a tag like !!bool makes of a wrong text there
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
     found = {} if tree is None else _numbers(tree)
@@ -187,12 +202,21 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _parsed(text: str) -> Any:
-    """A flag's text as YAML would read it."""
+def _takes_text(cls: Any, key: str) -> bool:
+    """Whether a dotted key is one of text, or of a list of texts."""
+    for step in key.split("."):
+        field = getattr(cls, "__pydantic_fields__", {}).get(step)
+        cls = None if field is None else field.annotation
+    return cls is str or str in typing.get_args(cls)
+
+
+def _parsed(text: str, *, as_text: bool = False) -> Any:
+    """A flag's text as YAML would read it; ``as_text``: but "1.10", "010", "no" and 2024-11-30 as they are written."""
     try:
-        return _numbers(yaml.safe_load(text))
+        found = _numbers(yaml.load(text, _Loader))
     except Exception:
         return text
+    return found if not as_text or isinstance(found, str | list | dict | None) else text
 
 
 def _numbers(tree: Any, depth: int = 0, count: Iterator[int] | None = None) -> Any:
