@@ -44,13 +44,29 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
     return random.Random(seed).sample(rows, limit) if limit is not None and limit < len(rows) else rows
 
 
-def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
+def bundled_tasks(names: str) -> list[str]:
+    """The tasks that stand behind ``tasks:``, all of the suite for ``all``.
+
+    Raises:
+        ValueError: an unknown task, or one that is named twice.
+    """
     from moa.tasks import SUITE, TASKS
 
-    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
+    if names == "all":
+        return list(SUITE)
+    tasks = [name.strip() for name in names.split(",")]
     for task in tasks:
         if task not in TASKS:
-            raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")
+            raise ValueError(
+                f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}, or all alone"
+            )
+        if tasks.count(task) > 1:
+            raise ValueError(f"'tasks:{names}' names {task!r} twice")
+    return tasks
+
+
+def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
+    tasks = bundled_tasks(names)
     each = ROWS_PER_TASK if limit is None else -(-limit // len(tasks))
     rows: list[Row] = [row | {"task": task} for task in tasks for row in _of_task(task, split, each, seed)]
     random.Random(seed).shuffle(rows)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.data.rows import load_rows
+from moa.data.rows import bundled_tasks, load_rows
 from moa.evaluation.accuracy import Result, evaluate, gold_of
 from moa.evaluation.answers import kind_of
-from moa.tasks import SUITE, TASKS
+from moa.tasks import TASKS
 
 # The sets of the paper's two tables, as their folders and hub names are spelt, less everything but letters.
 PUBLISHED = {
@@ -58,8 +58,10 @@ def load_sets(source: str, *, limit: int | None = None, seed: int = 0) -> list[E
     names = source.removeprefix("tasks:")
     if names == source:
         return [_published(source, load_rows(source, split="test", limit=limit, seed=seed))]
-    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
-    return [_bundled(task, load_rows(f"tasks:{task}", split="test", limit=limit, seed=seed)) for task in tasks]
+    return [
+        _bundled(task, load_rows(f"tasks:{task}", split="test", limit=limit, seed=seed))
+        for task in bundled_tasks(names)
+    ]
 
 
 def load_all(
