@@ -463,7 +463,6 @@ def test_a_base_without_training_stands_beside_the_methods(staged, tmp_path):
 
 
 def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
-    pytest.importorskip("lm_eval", reason="needs the extra 'bench'")
     rows = [{"instruction": f"Is {n} odd? true/false", "output": str(n % 2 == 1).lower()} for n in range(6)]
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
