@@ -20,6 +20,7 @@ from moa.evaluation.generation import generate
 from moa.evaluation.loss import answer_loss, answer_losses
 from moa.evaluation.results import as_json, family_means, write
 from moa.evaluation.sets import evaluate_sets, load_all, load_sets
+from moa.spans import SpanPlan, apply_spans
 
 ROWS = [
     {"instruction": "x" * length, "input": "", "output": f"The answer is {length}", "answer": str(length)}
@@ -62,6 +63,24 @@ def test_batches_change_nothing_and_order_is_kept(lively: Any, tiny_tokenizer: A
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
         )
         assert item.text == tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("rule", [{"density": 0.3}, {"alpha": 16.0, "beta": 0.0}], ids=["elastic", "fixed"])
+def test_batches_change_nothing_under_a_span_plan(tiny_llama: Any, tiny_tokenizer: Any, rule: dict[str, float]):
+    """Spans follow from the length of a text, and in a batch from the longest one's."""
+    model = tiny_llama(initializer_range=0.4, max_position_embeddings=2048).eval()
+    rows = [{"instruction": "how far? " * n, "input": "", "output": f"{n} steps"} for n in range(1, 25, 2)]
+    sizes: list[int] = []
+    with apply_spans(model, SpanPlan.uniform(2, 2, **rule, sink=4, block=4)):
+        alone, together = (
+            evaluate(model, tiny_tokenizer, rows, template="none", max_new_tokens=12, batch_size=size, progress=tell)
+            for size, tell in ((1, None), (6, sizes.append))
+        )
+        losses = [answer_losses(model, tiny_tokenizer, rows, template="none", batch_size=n) for n in (1, 6)]
+    assert alone == together
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert sizes == [6, 6] if "alpha" in rule else max(sizes) < 6
 
 
 def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokenizer: Any):

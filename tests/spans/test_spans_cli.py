@@ -205,3 +205,12 @@ def test_plans_stay_in_their_order_beyond_a_hundred(tmp_path):
     for place in (100, 9, 10, 11, 101):
         folder.plan(place).touch()
     assert folder.front() == [folder.plan(place) for place in (9, 10, 11, 100, 101)]
+
+
+def test_what_does_not_fit_into_the_context_is_refused(recipe, done, tiny_base):
+    folder, _ = done
+    said = moa("spans", "run", recipe, "--base", tiny_base, "--output", folder, "--prompt", "far " * 600, code=2)
+    assert "tokens, but the model's context is 512" in said
+    other = ["--lengths", "1024", "--extend", "[]", "--validate_length", "1100", "--output", folder.with_name("long")]
+    said = moa("spans", "calibrate", recipe, "--base", tiny_base, *other, code=2)
+    assert "length 1024 is more than the 512 tokens of the model's context" in said

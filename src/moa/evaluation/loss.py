@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from moa.data.tokens import Tokens, example_tokens
-from moa.evaluation.generation import batches, context
+from moa.evaluation.generation import alike_under_spans, batches, context
 
 
 def answer_loss(
@@ -49,7 +49,7 @@ def losses_of(model: Any, examples: Sequence[Tokens], batch_size: int) -> list[t
     if longest > context(model):
         raise ValueError(f"a row has {longest} tokens, but the model's context is {context(model)}")
     found: dict[int, tuple[float, int]] = {}
-    for places in batches(range(len(whole)), whole, batch_size):
+    for places in batches(range(len(whole)), whole, batch_size, alike_under_spans(model)):
         losses = _batch_losses(model, [whole[p] for p in places], [len(examples[p].prompt) for p in places])
         found |= zip(places, losses, strict=True)
     return [found[place] for place in range(len(whole))]

@@ -34,6 +34,7 @@ def run(
     import torch
 
     from moa import _hosts
+    from moa.evaluation.generation import context as context_of
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.application import apply_spans
 
@@ -43,6 +44,11 @@ def run(
     text = sys.stdin.read() if prompt is None else prompt
     model, tokenizer = load_model(settings)
     tokens = torch.tensor([_tokens(tokenizer, text, template)], device=model.device)
+    if (longest := tokens.shape[1] + settings.max_new_tokens) > (most := context_of(model)):
+        raise ValueError(
+            f"prompt and answer (max_new_tokens={settings.max_new_tokens}) take up to {longest} tokens, "
+            f"but the model's context is {most}"
+        )
     with apply_spans(model, chosen):
         output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
     _tell_sizes(model, _hosts.cache_of(output), output.sequences.shape[1] - 1)  # the last token is in no cache yet

@@ -84,10 +84,13 @@ def calibrate(
         What the items of every length can tell; fewer than asked for when the source has no more texts that long.
 
     Raises:
-        ValueError: a length without any item, no room for a prompt, or a file that was made with another model or
-            other settings.
+        ValueError: a length without any item or beyond the model's context, no room for a prompt, or a file that was
+            made with another model or other settings.
     """
+    context = ModelShape.of(model).context
     for length in lengths:
+        if context is not None and length > context:
+            raise ValueError(f"length {length} is more than the {context} tokens of the model's context")
         if length < 2 * max_new_tokens:
             raise ValueError(f"length {length} leaves less room for the prompt than for {max_new_tokens} new tokens")
     made = {"source": asdict(source), "items": items, "max_new_tokens": max_new_tokens, "lengths": sorted(lengths)}
@@ -181,7 +184,8 @@ def _own(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_toke
     answer = greedy(model, tokenizer, prompt, most)
     known, right = passage.turns[0].answer, None
     if known is not None:
-        right = int(tokenizer.decode(answer, skip_special_tokens=True).strip().startswith(known.strip()))
+        said, known = tokenizer.decode(answer, skip_special_tokens=True).strip(), known.strip()
+        right = int(said.startswith(known) and not said[len(known) : len(known) + 1].isalnum())
     item = Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
     return _Answered(item, float(predicted(model, item)[0].mean()), right)
 

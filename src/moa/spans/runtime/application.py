@@ -187,6 +187,24 @@ class AppliedSpans:
 
         return prepare
 
+    def alike(self, own: int, longest: int, *, told: bool) -> bool:
+        """Whether a text sees the same beside a longer one in its batch, whose length counts for both, as alone.
+
+        Args:
+            own: tokens that the text reaches.
+            longest: tokens that the longer one reaches.
+            told: as ``generate`` tells it; else the lengths of forwards of whole texts.
+        """
+        alone, beside = (
+            self.spans.at(max(self.length, text) if told else self.spans.reach(self.length, text, text))
+            for text in (own, longest)
+        )
+        return all(
+            min(span, own) == min(other, own)
+            for row, others in zip(alone, beside, strict=True)
+            for span, other in zip(row, others, strict=True)
+        )
+
     def remove(self) -> None:
         """Leave the model as it was before; a second call does nothing."""
         if not self.active:
@@ -209,6 +227,14 @@ class AppliedSpans:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def applied_to(model: nn.Module) -> AppliedSpans | None:
+    """The plan that a model, or the model in a PEFT model, attends by now; None if there is none."""
+    sites = (attention.SITES.get(module) for module in model.modules())
+    found = next((site.owner for site in sites if site is not None), None)
+    assert found is None or isinstance(found, AppliedSpans)
+    return found
 
 
 def attention_modules(decoder: nn.Module, layers: int) -> list[nn.Module]:
