@@ -393,6 +393,22 @@ def test_where_nothing_can_be_written_is_told_before_the_work(adapter, tiny_base
     assert "is a file, and must be a folder" in said
 
 
+def test_a_plan_for_another_model_writes_nothing(command, tmp_path):
+    file = moa.SpanPlan.dense(3, 2).save(tmp_path / "plan.json")
+    assert "the plan has 3 layers, the model 2" in complaint([*command, "--spans", str(file)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_study_that_cannot_run_writes_nothing(tiny_base, tmp_path, monkeypatch):
+    study = tmp_path / "study.yaml"
+    study.write_text(f"base: {tiny_base}\nmethods: {{lora: null}}\nbudgets: [3000]\noutput: {tmp_path / 'out'}\n")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "needs the package 'ray'" in complaint(["bench", str(study), "--engine", "ray"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert "is a file, and must be a folder" in complaint(["bench", str(study)])
+
+
 def test_an_export_does_not_replace_its_adapter(copy, tiny_base, tiny_rows):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     loose = ["--steps", "0", "--limit", "10", "--max-loss-gap", "100", "--min-agreement", "0"]

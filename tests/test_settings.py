@@ -128,7 +128,7 @@ def test_a_flag_into_what_is_no_section(tmp_path):
 
 
 def test_flags_of_a_command_line(capsys):
-    assert flags(["--a.b", "1", "--c=2", "--d-e", "3", "4"]) == {"a.b": "1", "c": "2", "d_e": ["3", "4"]}
+    assert flags(["--a.b", "1", "--c=2", "--d-e", "3", "4"]) == {"a.b": "1", "c": "2", "d-e": ["3", "4"]}
     assert flags(["--a", "1", "2", "--a", "3"]) == {"a": "3"}
     assert "--a is given twice: the last one counts, 3" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unexpected argument 'a'"):

@@ -594,6 +594,25 @@ def test_a_run_that_diverged_has_no_windows(staged, sound):
     assert results["claims"][0]["comparisons"][0]["seeds"] == len(sound)
 
 
+def test_a_flag_into_a_method_keeps_its_name(tree, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    made = Study.load(file, {"methods.soft-moa.note": "mine", "batch-size": "3", "data.test-rows": "5"})
+    assert sorted(made.methods) == sorted(tree["methods"])
+    assert made.methods["soft-moa"].note == "mine"
+    assert (made.batch_size, made.data.test_rows) == (3, 5)
+
+
+def test_a_text_without_a_window_stops_a_study_before_it_starts(tree, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    data = tree["data"] | {"test": [*tree["data"]["test"], f"text:{tmp_path}/short.txt@64"]}
+    with pytest.raises(ValueError, match=r"data\.test: short-64: \d+ tokens of text make no window of 64"):
+        plan(Study(**tree | {"data": data}))
+    data["test"] = [f"text:{tmp_path}/short.txt@²"]
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        plan(Study(**tree | {"data": data}))
+
+
 def test_a_claim_may_name_the_metric_that_decides_it(tree):
     tree["claims"].append(tree["claims"][0] | {"metric": "answer_loss"})
     planned = plan(Study(**tree | {"seeds": list(range(8))}))

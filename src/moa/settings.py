@@ -95,7 +95,8 @@ def load(cls: type[T], path: Path, overrides: Mapping[str, Any] | None = None) -
     Args:
         cls: a class of settings.
         path: an existing file.
-        overrides: dotted key to text, or to a list of texts, e.g. ``{"learning_rate": "1e-4", "adapter.r": "16"}``.
+        overrides: dotted key to text, or to a list of texts, e.g. ``{"learning-rate": "1e-4", "adapter.r": "16"}``. The
+            file's own names, such as ``methods.soft-moa``, are theirs; in all others ``-`` is ``_``.
 
     Raises:
         ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range; the
@@ -191,7 +192,8 @@ def _keys(cls: Any, sections: list[Any]) -> list[str]:
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; sections that were given by a name alone become mappings first."""
     *sections, last = key.split(".")
-    for section in sections:
+    for step in sections:
+        section = _named(step, tree)
         inner = tree.get(section)
         if isinstance(inner, str):
             inner = {"preset" if section == "adapter" else "kind": inner}
@@ -199,12 +201,16 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree[section], dict):
             raise ValueError(f"--{key}: {section!r} is not a section with keys of its own")
         tree = tree[section]
-    tree[last] = value
+    tree[_named(last, tree)] = value
+
+
+def _named(step: str, tree: dict[str, Any]) -> str:
+    return step if step in tree else step.replace("-", "_")
 
 
 def _takes_text(cls: Any, key: str) -> bool:
     """Whether a dotted key is one of text, or of a list of texts."""
-    for step in key.split("."):
+    for step in key.replace("-", "_").split("."):
         field = getattr(cls, "__pydantic_fields__", {}).get(step)
         cls = None if field is None else field.annotation
     return cls is str or str in typing.get_args(cls)

@@ -79,10 +79,9 @@ def flags(arguments: list[str]) -> dict[str, str | list[str]]:
             raise ValueError(f"unexpected argument {flag!r}: keys are given as --key VALUE")
         if not values:
             raise ValueError(f"--{key} needs a value: --{key} VALUE")
-        name = key.replace("-", "_")
-        if name in found:
+        if key in found:
             say(f"note: --{key} is given twice: the last one counts, {' '.join(values)}", style="yellow")
-        found[name] = values[0] if len(values) == 1 else values
+        found[key] = values[0] if len(values) == 1 else values
     return found
 
 
