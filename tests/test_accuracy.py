@@ -255,6 +255,20 @@ def test_sets_know_family_kind_and_length(tmp_path: Path):
         load_all([str(folder), str(folder / "test.jsonl")])
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "math") for name in ("gsm8k", "GSM8K-test", "AQuA", "math_qa")),
+        *((name, "commonsense") for name in ("ARC-Challenge", "arceasy", "arc_c", "social_i_qa", "boolq_1")),
+        *((name, "other") for name in ("archive", "architecture-questions", "aquarium", "svampire")),
+    ],
+)
+def test_only_a_published_sets_own_name_makes_its_family(tmp_path: Path, name: str, family: str):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (data,) = load_sets(str(tmp_path / f"{name}.jsonl"))
+    assert data.family == family
+
+
 def test_result_file_holds_everything(answering: Any, tiny_tokenizer: Any, tmp_path: Path):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     sets = load_all([str(tmp_path / "mine.jsonl"), "tasks:lookup"], limit=4)

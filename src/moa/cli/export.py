@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moa.cli.errors import say
 from moa.cli.options import BaseOption, Dtype, DtypeOption, TemplateOption, check_places
 from moa.files import check_place
 
@@ -63,9 +64,14 @@ def export(
         )
     from moa.integrations import lora
     from moa.training.base import check_folder
+    from moa.training.spans import plan_beside
 
     if adapter.is_dir():
         check_folder(adapter)
+    if plan_beside(str(adapter)) is not None:
+        say(
+            f"note: {adapter} was trained under a span plan, which a LoRA does not carry: it is made and measured dense"
+        )
     if lora.is_exact(adapter):
         written = lora.to_lora(adapter, output)
         modules = ", ".join(sorted(written.target_modules or []))
