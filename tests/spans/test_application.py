@@ -512,6 +512,23 @@ def test_a_plan_knows_its_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS, sink=SINK, block=BLOCK)])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(plan: SpanPlan, static: bool) -> None:
+    model, tokens, mask = tiny(), ids(length=LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :3] = 0
+    with apply_spans(model, plan, length=LENGTH, static=static):
+        expected = logits(model, tokens, attention_mask=mask)
+        with torch.inference_mode():
+            cache = model(tokens[:, :20], attention_mask=mask[:, :20]).past_key_values
+        parts = []
+        with torch.no_grad():
+            for start, end in ((20, 38), (38, 39), (39, 40)):
+                output = model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+                parts.append(output.logits)
+    close(torch.cat(parts, 1), expected[:, 20:])
+
+
+@pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS, sink=SINK, block=BLOCK)])
 @pytest.mark.parametrize("cut", [30, LENGTH - 1])
 def test_gradients_do_not_end_in_a_cache_without_a_word(plan: SpanPlan, cut: int) -> None:
     model, tokens = tiny(), ids(length=LENGTH)

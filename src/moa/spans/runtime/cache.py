@@ -206,6 +206,8 @@ class SpanLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            self._leave_inference_mode()
         new = key_states.shape[-2]
         if not (self.schedule.static and torch.compiler.is_compiling()):
             self.schedule.extend(self.columns + new, new)
@@ -214,6 +216,14 @@ class SpanLayer(CacheLayerMixin):
         if self.rings:
             return key_states, value_states
         return self._append(key_states, value_states)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made inside of it, once: outside, torch changes no such tensor in place."""
+        if self.keys is None or not self.keys.is_inference() or torch.is_inference_mode_enabled():
+            return
+        self.batch_select_indices(torch.arange(len(self.keys)))
+        if self.seen is not None:
+            self.seen = self.seen.clone()
 
     def _fit(self, keys: Tensor, values: Tensor) -> None:
         """Make the storage that the schedule asks for now."""
