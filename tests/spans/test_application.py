@@ -542,6 +542,17 @@ def test_gradients_do_not_end_in_a_cache_without_a_word(plan: SpanPlan, cut: int
         close(model(tokens[:, cut:], past_key_values=cache).logits, expected)
 
 
+def test_heads_that_are_not_those_of_the_configuration_are_refused() -> None:
+    """JetMoE repeats its KV heads for every expert of its attention."""
+    config = transformers.JetMoeConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS},
+        **{"num_key_value_heads": KV_HEADS, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    )
+    model = transformers.JetMoeForCausalLM(config).eval()
+    with apply_spans(model, mixed_plan()), pytest.raises(ValueError, match=r"attends to 4 KV heads.*has 2"):
+        logits(model, ids(length=LENGTH))
+
+
 def test_a_model_that_attends_twice_to_its_keys_needs_no_cache() -> None:
     """DiffLlama gives attention half of the values at a time, of which a ring would keep one half."""
     settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}

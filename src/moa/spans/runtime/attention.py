@@ -62,6 +62,11 @@ def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
         site, layer, new = SITES.get(module), None, query.shape[2]
         if site is not None:
             layer = _handed_over(site)
+            if key.shape[1] != (heads := site.owner.spans.shape.kv_heads):
+                raise ValueError(
+                    f"layer {site.layer}: {type(module).__name__} attends to {key.shape[1]} KV heads, where its "
+                    f"configuration has {heads}: spans are per KV head, and cannot tell which is which"
+                )
             if not _dense(site, layer, key, attention_mask):
                 run = kernel(module, host, query.dtype, scaling, dropout, rest)
                 inputs = run, query, key, value, attention_mask
