@@ -207,6 +207,24 @@ def test_plans_stay_in_their_order_beyond_a_hundred(tmp_path):
     assert folder.front() == [folder.plan(place) for place in (9, 10, 11, 100, 101)]
 
 
+def test_half_a_profile_is_not_searched(recipe, done, tiny_base, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    settings = SpanRecipe.load(str(recipe), {"base": str(tiny_base), "output": str(folder)})
+    file = settings.influence_file(96)
+    half = Influence.load(file)
+    half.items = 1
+    half.save(file)
+    said = moa("spans", "search", recipe, "--base", tiny_base, "--output", folder, code=2)
+    assert "holds 1 of the 2 items of 96 tokens" in said
+    assert "`moa spans profile` was stopped" in said
+
+
+def test_fewer_items_than_asked_for_are_told(recipe, done, tiny_base, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    said = moa("spans", "validate", recipe, "--base", tiny_base, "--output", folder, "--validate_items", 3)
+    assert "has 2 of 3 items of 256 tokens" in said
+
+
 def test_what_does_not_fit_into_the_context_is_refused(recipe, done, tiny_base):
     folder, _ = done
     said = moa("spans", "run", recipe, "--base", tiny_base, "--output", folder, "--prompt", "far " * 600, code=2)
