@@ -85,8 +85,8 @@ def items_of(path: Path, length: int, wanted: int) -> list[Item]:
     found = load_items(path, length)
     if len(found) < wanted:
         tell(
-            f"note: {path} has {len(found)} of {wanted} items of {length} tokens: `moa spans calibrate` was stopped, or "
-            "its source has no more"
+            f"note: {path} has {len(found)} of {wanted} items of {length} tokens: `moa spans calibrate` was stopped, "
+            "or its source has no more"
         )
     return found
 
