@@ -83,14 +83,26 @@ def test_batches_change_nothing_under_a_span_plan(tiny_llama: Any, tiny_tokenize
     assert sizes == [6, 6] if "alpha" in rule else max(sizes) < 6
 
 
-def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokenizer: Any):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_p": 0.5, "repetition_penalty": 3.0},
+        {"min_new_tokens": 8},
+        {"suppress_tokens": [*range(3, 120)]},
+        {"bad_words_ids": [[token] for token in range(3, 120)]},
+        {"forced_eos_token_id": 7},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"exponential_decay_length_penalty": (1, 9.0)},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokenizer: Any, own: dict[str, Any]):
     plain = evaluate(lively, tiny_tokenizer, ROWS, template="short", max_new_tokens=8)
     before = lively.generation_config
-    lively.generation_config = GenerationConfig(
-        do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=3.0, eos_token_id=2, pad_token_id=0
-    )
+    lively.generation_config = given = GenerationConfig(**own, eos_token_id=2, pad_token_id=0)
     try:
         assert evaluate(lively, tiny_tokenizer, ROWS, template="short", max_new_tokens=8) == plain
+        assert lively.generation_config is given
     finally:
         lively.generation_config = before
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from moa.choices import check_range
 from moa.data.templates import Prompt
 from moa.data.tokens import end_of_turn, prompt_tokens
+from moa.generation import generate_by
 from moa.spans.runtime.application import applied_to
 
 
@@ -51,8 +52,8 @@ def generate(
     try:
         for places in batches(fitting, ids, batch_size, alike_under_spans(model, max_new_tokens)):
             tokens, mask = pad_left([ids[place] for place in places], settings.pad_token_id)
-            output = model.generate(
-                input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            output = generate_by(
+                settings, model, input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
             )
             yield places, tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
     finally:

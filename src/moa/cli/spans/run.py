@@ -75,12 +75,13 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
     from transformers import TextStreamer
 
     from moa.evaluation.generation import greedy
+    from moa.generation import generate_by
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = greedy(model, tokenizer, max_new_tokens)
     config.return_dict_in_generate = True
     mask = torch.ones_like(tokens)
-    return model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+    return generate_by(config, model, input_ids=tokens, attention_mask=mask, streamer=streamer)
 
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:

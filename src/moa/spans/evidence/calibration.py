@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from moa.generation import generate_by
 from moa.spans.evidence.conversation import conversation, prompt_tokens, token_ids
 from moa.spans.evidence.items import Item, predicted
 from moa.spans.evidence.sources import Passage, Source
@@ -228,7 +229,7 @@ def greedy(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -
         repetition_penalty=1.0,
     )
     ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    output = generate_by(config, model, input_ids=ids, attention_mask=torch.ones_like(ids))
     return output[0, len(prompt) :].tolist()
 
 
