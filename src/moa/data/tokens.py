@@ -67,7 +67,7 @@ def example_tokens(tokenizer: Any, row: Mapping[str, Any], template: str) -> Tok
     prompt = prompt_of(row, template)
     text = prompt_text(tokenizer, prompt)
     after = completion_of(row) if isinstance(prompt, str) else _chat_answer(tokenizer, prompt, answer_of(row), text)
-    tokens = continued_tokens(tokenizer, prompt, after)
+    tokens = _continued(tokenizer, prompt, text, after)
     ended = isinstance(prompt, Chat) and end_of_turn(tokenizer)
     return tokens if ended else tokens._replace(answer=_with_end(tokenizer, tokens.answer))
 
@@ -78,8 +78,12 @@ def continued_tokens(tokenizer: Any, prompt: Prompt, after: str) -> Tokens:
     Raises:
         ValueError: as `prompt_tokens`.
     """
+    return _continued(tokenizer, prompt, prompt_text(tokenizer, prompt), after)
+
+
+def _continued(tokenizer: Any, prompt: Prompt, text: str, after: str) -> Tokens:
+    """``text``: of the prompt."""
     check_text("the answer", after)
-    text = prompt_text(tokenizer, prompt)
     before, whole = _ids(tokenizer, text), _ids(tokenizer, text + after)
     # Tokens that merge across the border would change the prompt: then the answer is tokenised alone.
     answer = whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, after)
