@@ -341,6 +341,31 @@ def test_packed_texts_with_padding_have_gradients() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_another_attention_under_a_plan_is_refused() -> None:
+    """It would read rings as whole texts."""
+    model, tokens = tiny(), ids(length=40)
+    applied = apply_spans(model, mixed_plan())
+    expected = logits(model, tokens)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"'eager' was set while a span plan is applied, which runs as 'spans\|sdpa'"):
+        model.generate(tokens, max_new_tokens=2)
+    applied.remove()
+    with apply_spans(model, mixed_plan()):
+        close(logits(model, tokens), expected)
+
+
+def test_a_model_that_was_copied_under_a_plan_takes_one() -> None:
+    model, tokens = tiny(), ids(length=40)
+    dense = logits(model, tokens)
+    with apply_spans(model, mixed_plan()):
+        expected, twin = logits(model, tokens), copy.deepcopy(model)
+        with apply_spans(twin, mixed_plan()):
+            close(logits(twin, tokens), expected)
+            close(logits(model, tokens), expected)
+    assert torch.equal(logits(twin, tokens), dense)
+    assert twin.config._attn_implementation == "sdpa"
+
+
 def test_soft_capped_scores_need_eager() -> None:
     model = tiny("gemma2")
     model.config._attn_implementation = "sdpa"
