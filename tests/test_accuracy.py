@@ -20,6 +20,7 @@ from moa.evaluation.generation import generate
 from moa.evaluation.loss import answer_loss, answer_losses
 from moa.evaluation.results import as_json, family_means, write
 from moa.evaluation.sets import evaluate_sets, load_all, load_sets
+from moa.spans import SpanPlan, apply_spans
 
 ROWS = [
     {"instruction": "x" * length, "input": "", "output": f"The answer is {length}", "answer": str(length)}
@@ -64,14 +65,44 @@ def test_batches_change_nothing_and_order_is_kept(lively: Any, tiny_tokenizer: A
         assert item.text == tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokenizer: Any):
+@pytest.mark.parametrize("rule", [{"density": 0.3}, {"alpha": 16.0, "beta": 0.0}], ids=["elastic", "fixed"])
+def test_batches_change_nothing_under_a_span_plan(tiny_llama: Any, tiny_tokenizer: Any, rule: dict[str, float]):
+    """Spans follow from the length of a text, and in a batch from the longest one's."""
+    model = tiny_llama(initializer_range=0.4, max_position_embeddings=2048).eval()
+    rows = [{"instruction": "how far? " * n, "input": "", "output": f"{n} steps"} for n in range(1, 25, 2)]
+    sizes: list[int] = []
+    with apply_spans(model, SpanPlan.uniform(2, 2, **rule, sink=4, block=4)):
+        alone, together = (
+            evaluate(model, tiny_tokenizer, rows, template="none", max_new_tokens=12, batch_size=size, progress=tell)
+            for size, tell in ((1, None), (6, sizes.append))
+        )
+        losses = [answer_losses(model, tiny_tokenizer, rows, template="none", batch_size=n) for n in (1, 6)]
+    assert alone == together
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert sizes == [6, 6] if "alpha" in rule else max(sizes) < 6
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_p": 0.5, "repetition_penalty": 3.0},
+        {"min_new_tokens": 8},
+        {"suppress_tokens": [*range(3, 120)]},
+        {"bad_words_ids": [[token] for token in range(3, 120)]},
+        {"forced_eos_token_id": 7},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"exponential_decay_length_penalty": (1, 9.0)},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokenizer: Any, own: dict[str, Any]):
     plain = evaluate(lively, tiny_tokenizer, ROWS, template="short", max_new_tokens=8)
     before = lively.generation_config
-    lively.generation_config = GenerationConfig(
-        do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=3.0, eos_token_id=2, pad_token_id=0
-    )
+    lively.generation_config = given = GenerationConfig(**own, eos_token_id=2, pad_token_id=0)
     try:
         assert evaluate(lively, tiny_tokenizer, ROWS, template="short", max_new_tokens=8) == plain
+        assert lively.generation_config is given
     finally:
         lively.generation_config = before
 
@@ -114,6 +145,14 @@ def test_no_rows_is_an_error(lively: Any, tiny_tokenizer: Any):
         evaluate(lively, tiny_tokenizer, [], template="short")
     with pytest.raises(ValueError, match="no rows"):
         answer_loss(lively, tiny_tokenizer, [], template="short")
+
+
+def test_a_gold_answer_that_no_rule_reads_is_refused_before_anything_is_asked(lively: Any, tiny_tokenizer: Any):
+    rows = [{"instruction": text, "input": "", "answer": text} for text in ("a", "?!")]
+    asked: list[int] = []
+    with pytest.raises(ValueError, match=r"'\?!' is not a text"):
+        evaluate(lively, tiny_tokenizer, rows, template="short", max_new_tokens=1, progress=asked.append)
+    assert not asked
 
 
 @pytest.fixture
@@ -226,6 +265,20 @@ def test_sets_know_family_kind_and_length(tmp_path: Path):
     assert all(len(data.rows) == 3 and data.max_new_tokens == 7 and data.chance is not None for data in tasks)
     with pytest.raises(ValueError, match="'AddSub'"):
         load_all([str(folder), str(folder / "test.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "math") for name in ("gsm8k", "GSM8K-test", "AQuA", "math_qa")),
+        *((name, "commonsense") for name in ("ARC-Challenge", "arceasy", "arc_c", "social_i_qa", "boolq_1")),
+        *((name, "other") for name in ("archive", "architecture-questions", "aquarium", "svampire")),
+    ],
+)
+def test_only_a_published_sets_own_name_makes_its_family(tmp_path: Path, name: str, family: str):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (data,) = load_sets(str(tmp_path / f"{name}.jsonl"))
+    assert data.family == family
 
 
 def test_result_file_holds_everything(answering: Any, tiny_tokenizer: Any, tmp_path: Path):

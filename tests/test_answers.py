@@ -132,6 +132,10 @@ def test_is_correct(kind: str, text: str, gold: str, correct: bool):
         (["Susan", "in the field"], "text"),
         (["A", "Susan"], "text"),
         (["74, 66, 22"], "text"),
+        (["3,5", "4,5"], "text"),
+        (["12,34"], "text"),
+        (["1,2000"], "text"),
+        (["-$1,234.50", "$.5"], "number"),
         ([], "text"),
     ],
 )

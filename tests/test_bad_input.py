@@ -373,3 +373,60 @@ def test_help_lists_every_key_and_env_runs():
     page = runner.invoke(app, ["train", "--help"]).output
     assert all(f"--{key}" in page for key in ("data.max_length", "warmup_ratio", "gradient_accumulation_steps"))
     assert "transformers: 5" in runner.invoke(app, ["env"]).output
+
+
+# What is written
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(adapter, tiny_base, tiny_rows, tmp_path):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    asked = ["--base", str(tiny_base), "--data", str(tiny_rows), "--limit", "10"]
+    for place in ("folder.html", "file/x.html"):
+        for verb in ("eval", "inspect"):
+            said = complaint([verb, str(adapter), *asked, "--output", str(tmp_path / place)])
+            assert "--output=" in said
+            assert place.partition("/")[0] in said
+            assert "Loading" not in said
+            assert "Accuracy" not in said
+    said = complaint(["export", str(adapter), *asked, "--output", str(tmp_path / "file")])
+    assert "is a file, and must be a folder" in said
+
+
+def test_a_plan_for_another_model_writes_nothing(command, tmp_path):
+    file = moa.SpanPlan.dense(3, 2).save(tmp_path / "plan.json")
+    assert "the plan has 3 layers, the model 2" in complaint([*command, "--spans", str(file)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_study_that_cannot_run_writes_nothing(tiny_base, tmp_path, monkeypatch):
+    study = tmp_path / "study.yaml"
+    study.write_text(f"base: {tiny_base}\nmethods: {{lora: null}}\nbudgets: [3000]\noutput: {tmp_path / 'out'}\n")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "needs the package 'ray'" in complaint(["bench", str(study), "--engine", "ray"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert "is a file, and must be a folder" in complaint(["bench", str(study)])
+
+
+def test_an_export_does_not_replace_its_adapter(copy, tiny_base, tiny_rows):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    loose = ["--steps", "0", "--limit", "10", "--max-loss-gap", "100", "--min-agreement", "0"]
+    said = complaint(
+        ["export", str(copy), "--output", f"{copy}/", "--base", str(tiny_base), "--data", str(tiny_rows), *loose]
+    )
+    assert "is the adapter itself" in said
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert "holds the official adapter" in complaint(
+        ["import-reference", str(copy / "adapter_model.safetensors"), "--base", str(tiny_base), "--output", str(copy)]
+    )
+
+
+def test_an_adapter_to_export_that_is_not_there(tmp_path):
+    assert "there is no adapter" in complaint(["export", str(tmp_path / "gone"), "--output", str(tmp_path / "out")])
+    assert "holds no adapter" in complaint(["export", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
+def test_a_task_beside_all_or_twice():
+    assert "no bundled task 'all'" in complaint(["eval", "--data", "tasks:all,sorting"])
+    assert "'tasks:sorting,sorting' names 'sorting' twice" in complaint(["eval", "--data", "tasks:sorting,sorting"])

@@ -72,6 +72,32 @@ def test_a_folder_gives_the_split_asked_for(tmp_path):
     assert [row["instruction"] for row in load_rows(str(tmp_path), split="test")] == ["test"]
 
 
+def test_a_folder_with_a_split_in_both_formats_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", {"instruction": "i", "output": "o"})
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "i", "output": "o"}]))
+    with pytest.raises(ValueError, match=r"both train\.json and train\.jsonl"):
+        load_rows(str(tmp_path), split="train")
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"question": "q", "context": "c", "answer": "a", "id": 3}, ["context", "id"]),
+        ({"question": "q", "input": "c", "answer": "a", "empty": ""}, ["input"]),
+        ({"instruction": "q", "input": "c", "output": "a", "system": "s"}, ["system"]),
+        ({"instruction": "q", "input": "c", "output": "a", "answer": "b", "task": "t"}, []),
+        ({"prompt": "q", "completion": "c", "history": [["a", "b"]]}, ["history"]),
+        ({"Body": "b", "Question": "q", "Answer": 3.0, "ID": "x"}, ["ID"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 3}, []),
+    ],
+)
+def test_fields_that_nothing_reads_are_told_once(tmp_path, capsys, row, unused):
+    file = write(tmp_path / "rows.jsonl", row, row)
+    load_rows(str(file), split="train")
+    said = capsys.readouterr().out
+    assert said == (f"note: {file}: the fields {unused} are not read\n" if unused else "")
+
+
 def test_a_json_list_is_read(tmp_path):
     file = tmp_path / "train.json"
     file.write_text(json.dumps([{"instruction": "i", "output": "o"}] * 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -188,6 +189,18 @@ def adapter(tiny_base, tiny_rows, tmp_path_factory):
 
 def export(*arguments):
     return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+def test_the_command_says_what_it_leaves_out(adapter, tiny_base, tmp_path):
+    planned = shutil.copytree(adapter, tmp_path / "planned")
+    moa.SpanPlan.dense(2, 2).save(planned / "spans.json")
+    rows = [{"instruction": f"{n}" * (2000 if n == 1 else 1), "output": "x"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loose = ("--steps", 0, "--max-loss-gap", 100, "--min-agreement", 0, "--data", tmp_path / "rows.jsonl")
+    done = export(planned, "--output", tmp_path / "lora", *loose)
+    assert done.exit_code == 0, done.output
+    assert "was trained under a span plan, which a LoRA does not carry" in " ".join(done.output.split())
+    assert "1 of 30 rows are longer than the model's context" in " ".join(done.output.split())
 
 
 def test_the_command_fits_on_the_training_data_and_says_the_gap(adapter, tiny_base, tmp_path):

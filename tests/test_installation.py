@@ -18,12 +18,6 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 NOT_CORE = ["trl", "datasets", "typer", "rich", "scipy", "pydantic"]
 
-CHOICE = """
-from unittest.mock import MagicMock
-from moa.evaluation.likelihood import chosen
-chosen(MagicMock(), MagicMock(), [], template="short", kind="bool")
-"""
-
 # (package that is missing, the extra that has it) -> code that needs it
 NEEDS = {
     ("pydantic", "train"): "import moa.settings",
@@ -34,7 +28,6 @@ NEEDS = {
     ("scipy", "train"): "from moa.evaluation.accuracy import wilson; wilson(1, 2)",
     ("scipy", "bench"): "import moa.studies.statistics",
     ("joblib", "bench"): "import moa.studies.engine",
-    ("lm_eval", "bench"): CHOICE,
     ("scipy", "search"): "import moa.spans.search.pricing",
     ("jinja2", "report"): "import moa.report.page",
 }

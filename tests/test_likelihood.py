@@ -1,4 +1,4 @@
-"""Choices by likelihood: lm_eval's scores are those of the very tokens that the model is asked with."""
+"""Choices by likelihood: scores are those of the very tokens that the model is asked with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ ASKED = "Which one? Answer1: red Answer2: blue Answer3: green\n\nAnswer format: 
 ROWS = [
     {"instruction": f"{n} {ASKED}", "input": "", "output": f"the correct answer is answer{n % 3 + 1}", "answer": ""}
     for n in range(9)
+]
+
+LETTERS = [
+    {"instruction": f"{n} times {7 - n % 5}? A) {n} B) {2 * n} C) {n * n}", "input": "", "output": "ABC"[n % 3]}
+    for n in range(40)
 ]
 
 
@@ -42,32 +47,67 @@ def test_free_answers_are_no_choice(tiny_llama: Any, tiny_tokenizer: Any):
         chosen(tiny_llama(), tiny_tokenizer, ROWS, template="short", kind="number")
 
 
-@pytest.mark.parametrize("opened", [False, True])
-def test_the_most_likely_choice_is_that_of_the_models_own_chances(tiny_llama: Any, tiny_tokenizer: Any, opened: bool):
-    pytest.importorskip("lm_eval", reason="needs the extra 'bench'")
+@pytest.mark.parametrize("form", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize(
+    ("rows", "kind", "said"),
+    [
+        (ROWS, "label", {f"answer{n}": f" the correct answer is answer{n}" for n in (1, 2, 3)}),
+        (LETTERS, "choice", {letter: f" {letter}" for letter in "ABC"}),
+    ],
+    ids=["labels", "letters"],
+)
+def test_the_most_likely_choice_is_that_of_the_models_own_chances(
+    tiny_llama: Any, tiny_tokenizer: Any, form: str, rows: list[dict[str, Any]], kind: str, said: dict[str, str]
+):
     model = tiny_llama(initializer_range=0.3).train()
-    if opened:
-        tiny_tokenizer = type(tiny_tokenizer).from_pretrained(_opening(tiny_tokenizer))
-    right = chosen(model, tiny_tokenizer, ROWS, template="short", kind="label", batch_size=4)
+    tiny_tokenizer = type(tiny_tokenizer).from_pretrained(_formed(tiny_tokenizer, form))
+    right = chosen(model, tiny_tokenizer, rows, template="short", kind=kind, batch_size=4)
     assert model.training
     model.eval()
     wanted = []
-    for row in ROWS:
+    for row in rows:
         asked = prompt_tokens(tiny_tokenizer, f"### Instruction:\n{row['instruction']}\n\n### Response:")
-        assert (asked[0] == tiny_tokenizer.bos_token_id) == opened
+        assert (asked[0] == tiny_tokenizer.bos_token_id) == form.startswith("<s>")
         scores = {}
-        for choice in ("answer1", "answer2", "answer3"):
-            said = tiny_tokenizer(f" the correct answer is {choice}", add_special_tokens=False)["input_ids"]
+        for choice, text in said.items():
+            own = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
-                chances = model(torch.tensor([asked + said])).logits[0].log_softmax(-1)
-            scores[choice] = sum(chances[len(asked) + i - 1, token].item() for i, token in enumerate(said))
+                chances = model(torch.tensor([asked + own])).logits[0].log_softmax(-1)
+            scores[choice] = sum(chances[len(asked) + i - 1, token].item() for i, token in enumerate(own))
         wanted.append(row["output"].endswith(max(scores, key=lambda choice: scores[choice])))
     assert right == wanted
     assert 0 < sum(right) < len(right)
 
 
-def _opening(tokenizer: Any) -> str:
-    """A folder with the tokenizer that puts a begin-of-text token before a text."""
+def test_a_chat_gets_no_begin_of_text_that_its_template_does_not_write(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = type(tiny_tokenizer).from_pretrained(_formed(tiny_tokenizer, "<s> $A"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    model, rows = tiny_llama(initializer_range=0.3), []
+    asked: list[list[int]] = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, input_ids, **rest: asked.extend(input_ids.tolist()) or forward(self, input_ids, **rest),
+    )
+    for row in ROWS:
+        answer = {"role": "assistant", "content": row["output"]}
+        rows.append({"messages": [{"role": "user", "content": row["instruction"]}, answer], "output": row["output"]})
+    assert len(chosen(model, tokenizer, rows, template="chat", kind="label", batch_size=4)) == len(rows)
+    assert len(asked) == 3 * len(rows)
+    assert not any(tokenizer.bos_token_id in row for row in asked)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(tiny_llama: Any, tiny_tokenizer: Any):
+    row = {"instruction": f"{'far ' * 60}{ASKED}", "output": "answer1"}
+    with pytest.raises(ValueError, match="but the model's context is 128"):
+        chosen(tiny_llama(max_position_embeddings=128), tiny_tokenizer, [row], template="short", kind="label")
+
+
+def _formed(tokenizer: Any, form: str) -> str:
+    """A folder with the tokenizer that puts special tokens around a text."""
     import copy
     import tempfile
 
@@ -75,7 +115,7 @@ def _opening(tokenizer: Any) -> str:
 
     other = copy.deepcopy(tokenizer)
     other.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        single=form, special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
     )
     folder = tempfile.mkdtemp()
     other.save_pretrained(folder)

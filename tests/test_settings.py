@@ -56,6 +56,17 @@ def test_flags_win_and_one_value_is_a_list_of_one(tmp_path):
     assert cake(tmp_path, "oven:\n", oven__degrees="7").oven.degrees == 7
 
 
+@pytest.mark.parametrize("text", ["1.10", "010", "1_000", "1:30", "1e3", "2024-11-30", "no", "~x"])
+def test_a_flag_of_text_is_taken_as_it_is_written(tmp_path, text):
+    assert cake(tmp_path, "", name=text).name == text
+
+
+@pytest.mark.parametrize("text", ["name: a\neggs: 2\nname: b", "oven: {degrees: 1, fan: true, degrees: 2}"])
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"the key '(name|degrees)' is there twice.*line"):
+        cake(tmp_path, text)
+
+
 def test_what_is_saved_is_read_again(tmp_path):
     made = Cake(name="süß", eggs=[1], oven=Oven(degrees=7))
     save(made, tmp_path / "deep" / "cake.yaml")
@@ -116,8 +127,10 @@ def test_a_flag_into_what_is_no_section(tmp_path):
         cake(tmp_path, "name: 3", name__first="a")
 
 
-def test_flags_of_a_command_line():
-    assert flags(["--a.b", "1", "--c=2", "--d-e", "3", "4"]) == {"a.b": "1", "c": "2", "d_e": ["3", "4"]}
+def test_flags_of_a_command_line(capsys):
+    assert flags(["--a.b", "1", "--c=2", "--d-e", "3", "4"]) == {"a.b": "1", "c": "2", "d-e": ["3", "4"]}
+    assert flags(["--a", "1", "2", "--a", "3"]) == {"a": "3"}
+    assert "--a is given twice: the last one counts, 3" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unexpected argument 'a'"):
         flags(["a"])
     with pytest.raises(ValueError, match="--a needs a value"):

@@ -463,7 +463,6 @@ def test_a_base_without_training_stands_beside_the_methods(staged, tmp_path):
 
 
 def test_choices_are_scored_where_answers_are_one_of_a_few(tree, tmp_path):
-    pytest.importorskip("lm_eval", reason="needs the extra 'bench'")
     rows = [{"instruction": f"Is {n} odd? true/false", "output": str(n % 2 == 1).lower()} for n in range(6)]
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = tree["data"] | {"test": [*tree["data"]["test"], str(tmp_path / "odd.jsonl")]}
@@ -576,21 +575,42 @@ def test_committed_results_still_make_a_page(name, tmp_path):
     assert markdown(results).count("\n| ") == len(results["rows"]) + 1
 
 
-def test_a_run_that_diverged_has_no_windows(staged):
+@pytest.mark.parametrize("sound", [[1], []])
+def test_a_run_that_diverged_has_no_windows(staged, sound):
     planned = plan(Study(**staged | {"tuning": {"learning_rates": [0.01]}}))
     text = {"family": "text", "kind": "text", "chance": None}
     asked = {"family": "other", "kind": "number", "chance": None, "rows": 2}
     common = {"step_seconds": None, "peak_memory_mib": 1.0, "versions": {}, "routing": []}
     for method, budget in planned.fits:
         for seed in (0, 1):
-            lost = seed == 0 and method == "soft-moa"
+            lost = seed not in sound and method == "soft-moa"
             measured = {} if lost else {"text_loss": [1.0, 2.0 + seed], "rows": 2}
             sets = {"plain-32": {"rows": 6} | text | measured, "asked": asked | {"answer_loss": [1.0, 1.5]}}
             rate = 0.01 if method == "soft-moa" else 0.0
             keep(planned, Cell(TEST, method, budget, seed, rate), common | {"diverged": lost or None, "sets": sets})
     results = gather(planned)
-    assert results["rows"][0]["metrics"]["text_loss"]["mean"] == pytest.approx(2.0)
-    assert results["claims"][0]["comparisons"][0]["seeds"] == 1
+    told = results["rows"][0]["metrics"]["text_loss"]
+    assert told["mean"] == pytest.approx(2.0) if sound else told is None
+    assert results["claims"][0]["comparisons"][0]["seeds"] == len(sound)
+
+
+def test_a_flag_into_a_method_keeps_its_name(tree, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    made = Study.load(file, {"methods.soft-moa.note": "mine", "batch-size": "3", "data.test-rows": "5"})
+    assert sorted(made.methods) == sorted(tree["methods"])
+    assert made.methods["soft-moa"].note == "mine"
+    assert (made.batch_size, made.data.test_rows) == (3, 5)
+
+
+def test_a_text_without_a_window_stops_a_study_before_it_starts(tree, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    data = tree["data"] | {"test": [*tree["data"]["test"], f"text:{tmp_path}/short.txt@64"]}
+    with pytest.raises(ValueError, match=r"data\.test: short-64: \d+ tokens of text make no window of 64"):
+        plan(Study(**tree | {"data": data}))
+    data["test"] = [f"text:{tmp_path}/short.txt@²"]
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        plan(Study(**tree | {"data": data}))
 
 
 def test_a_claim_may_name_the_metric_that_decides_it(tree):

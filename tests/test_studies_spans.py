@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_a_searched_plan_is_made_once_per_seed(tree):
     }
     planned = plan(Study(**tree))
     first = result_of(planned, "searched")
-    files = {path: path.read_bytes() for path in (planned.folder / "spans" / "seed-0").glob("*.*")}
+    files = {path: path.read_bytes() for path in (planned.folder / "spans").glob("seed-0-*/*.*")}
     assert {path.name for path in files} >= {"calibration.jsonl", "plan-0.5.json", "influence-256.safetensors"}
     assert result_of(planned, "searched")["sets"] == first["sets"]
     assert 0.4 <= first["sets"]["lines-256"]["kv_share"] <= 0.5
@@ -196,3 +197,7 @@ def test_a_searched_plan_is_made_once_per_seed(tree):
     assert two["sets"]["novels-256"]["kv_share"] <= 0.5
     assert {path: path.read_bytes() for path in files} == files
     assert base_path("embedded-long").is_dir()
+    other = plan(Study(**tree | {"calibration": tree["calibration"] | {"step": 256}}))
+    result_of(other, "searched")
+    found = [json.loads(path.read_text()) for path in planned.folder.glob("spans/*/plan-0.5.json")]
+    assert {one["searched"]["limits"]["step"] for one in found} == {64, 256}

@@ -157,6 +157,7 @@ def test_nothing_varies_and_nothing_is_there():
     same = estimate([np.zeros((3, 4))])
     assert (same.mean, same.interval, same.p) == (0.0, (0.0, 0.0), 1.0)
     assert estimate([np.ones((1, 1))]).p == 1.0  # a single value tells nothing
+    assert estimate([np.ones((1, 1)), np.full((1, 1), 0.5)]).p == 1.0  # nor do single values of different tasks
     for bad in ([], [np.zeros((0, 3))], [np.zeros((2, 3)), np.zeros((3, 3))], [np.array([[np.nan]])]):
         with pytest.raises(ValueError, match=r"nothing to compare|numbers of seeds|finite"):
             estimate(bad)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from typer.testing import CliRunner
 
 from moa.cli import app
+from moa.cli.watch import server
 from moa.report.watch import POINTS, curve, page_of
 
 
@@ -77,3 +82,20 @@ def test_long_logs_are_thinned_by_means():
     drawn = curve(entries, "loss", "Loss", "")
     assert len(drawn["line"].split()) == POINTS
     assert (drawn["low"], drawn["high"], drawn["last"]) == ("0.5", "0.5", 4 * POINTS)
+
+
+def test_a_run_that_is_gone_for_a_moment_ends_no_page(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    with server(copied, 0) as serving:
+        address = f"http://localhost:{serving.server_address[1]}/"
+        Thread(target=serving.serve_forever, daemon=True).start()
+        with urlopen(address) as answer:
+            assert "Refresh" not in answer.headers
+        (copied / "recipe.yaml").unlink()
+        with pytest.raises(HTTPError, match="503") as gone:
+            urlopen(address)
+        assert gone.value.headers["Refresh"] == "5"
+        assert b"holds no run" in gone.value.read()
+        with pytest.raises(OSError, match=f"--port={serving.server_address[1]} cannot be had"):
+            server(copied, serving.server_address[1])
+        serving.shutdown()

@@ -80,6 +80,24 @@ def read_lines(path: Path, what: str = "file of JSON lines", *, torn: bool = Fal
                 yield place, parsed(line, place)
 
 
+def check_place(path: Path, what: str, *, folder: bool = False) -> None:
+    """Raise ValueError if no file (``folder``: no folder) can come to be at ``path``, before work on what goes there.
+
+    Args:
+        path: where it is to be; nothing is made.
+        what: what names it, for messages.
+        folder: whether a folder is to be there, which may exist.
+    """
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise ValueError(f"{what}={str(path)!r} is {found}, and must be {wanted}")
+    there = next(place for place in (path if folder else path.parent, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{what}={str(path)!r}: {str(there)!r} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{what}={str(path)!r}: nothing may be written into {str(there)!r}")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A draft to write to, in a folder that is made for it; at the end it takes the place of ``path``.

@@ -45,6 +45,18 @@ Several = Annotated[
 """A list; one value alone may be written without brackets."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, of which a key that is there twice is none: the first would be dropped."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def knob(default: Any, doc: str, **limits: float) -> Any:
     """A field with its documentation.
 
@@ -83,7 +95,8 @@ def load(cls: type[T], path: Path, overrides: Mapping[str, Any] | None = None) -
     Args:
         cls: a class of settings.
         path: an existing file.
-        overrides: dotted key to text, or to a list of texts, e.g. ``{"learning_rate": "1e-4", "adapter.r": "16"}``.
+        overrides: dotted key to text, or to a list of texts, e.g. ``{"learning-rate": "1e-4", "adapter.r": "16"}``. The
+            file's own names, such as ``methods.soft-moa``, are theirs; in all others ``-`` is ``_``.
 
     Raises:
         ValueError: not YAML, an unknown key (the nearest valid one is offered), or a value outside of its range; the
@@ -92,7 +105,10 @@ def load(cls: type[T], path: Path, overrides: Mapping[str, Any] | None = None) -
     with named(path.name):
         tree = read(path)
         for key, given in (overrides or {}).items():
-            _override(tree, key, _parsed(given) if isinstance(given, str) else [_parsed(text) for text in given])
+            texts = [
+                _parsed(text, as_text=_takes_text(cls, key)) for text in ([given] if isinstance(given, str) else given)
+            ]
+            _override(tree, key, texts[0] if isinstance(given, str) else texts)
         return cls(**tree)
 
 
@@ -104,7 +120,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except Exception as error:  # PyYAML's, or whatever a tag like !!bool makes of a wrong text there
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
     found = {} if tree is None else _numbers(tree)
@@ -176,7 +192,8 @@ def _keys(cls: Any, sections: list[Any]) -> list[str]:
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; sections that were given by a name alone become mappings first."""
     *sections, last = key.split(".")
-    for section in sections:
+    for step in sections:
+        section = _named(step, tree)
         inner = tree.get(section)
         if isinstance(inner, str):
             inner = {"preset" if section == "adapter" else "kind": inner}
@@ -184,15 +201,28 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree[section], dict):
             raise ValueError(f"--{key}: {section!r} is not a section with keys of its own")
         tree = tree[section]
-    tree[last] = value
+    tree[_named(last, tree)] = value
 
 
-def _parsed(text: str) -> Any:
-    """A flag's text as YAML would read it."""
+def _named(step: str, tree: dict[str, Any]) -> str:
+    return step if step in tree else step.replace("-", "_")
+
+
+def _takes_text(cls: Any, key: str) -> bool:
+    """Whether a dotted key is one of text, or of a list of texts."""
+    for step in key.replace("-", "_").split("."):
+        field = getattr(cls, "__pydantic_fields__", {}).get(step)
+        cls = None if field is None else field.annotation
+    return cls is str or str in typing.get_args(cls)
+
+
+def _parsed(text: str, *, as_text: bool = False) -> Any:
+    """A flag's text as YAML would read it; ``as_text``: but "1.10", "010", "no" and 2024-11-30 as they are written."""
     try:
-        return _numbers(yaml.safe_load(text))
+        found = _numbers(yaml.load(text, _Loader))
     except Exception:
         return text
+    return found if not as_text or isinstance(found, str | list | dict | None) else text
 
 
 def _numbers(tree: Any, depth: int = 0, count: Iterator[int] | None = None) -> Any:

@@ -341,6 +341,31 @@ def test_packed_texts_with_padding_have_gradients() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_another_attention_under_a_plan_is_refused() -> None:
+    """It would read rings as whole texts."""
+    model, tokens = tiny(), ids(length=40)
+    applied = apply_spans(model, mixed_plan())
+    expected = logits(model, tokens)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"'eager' was set while a span plan is applied, which runs as 'spans\|sdpa'"):
+        model.generate(tokens, max_new_tokens=2)
+    applied.remove()
+    with apply_spans(model, mixed_plan()):
+        close(logits(model, tokens), expected)
+
+
+def test_a_model_that_was_copied_under_a_plan_takes_one() -> None:
+    model, tokens = tiny(), ids(length=40)
+    dense = logits(model, tokens)
+    with apply_spans(model, mixed_plan()):
+        expected, twin = logits(model, tokens), copy.deepcopy(model)
+        with apply_spans(twin, mixed_plan()):
+            close(logits(twin, tokens), expected)
+            close(logits(model, tokens), expected)
+    assert torch.equal(logits(twin, tokens), dense)
+    assert twin.config._attn_implementation == "sdpa"
+
+
 def test_soft_capped_scores_need_eager() -> None:
     model = tiny("gemma2")
     model.config._attn_implementation = "sdpa"
@@ -509,3 +534,60 @@ def test_a_plan_knows_its_model(tmp_path: Path) -> None:
     other.config._name_or_path = ""
     with pytest.raises(ValueError, match="a model without a name"):
         apply_spans(other, plan)
+
+
+@pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS, sink=SINK, block=BLOCK)])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(plan: SpanPlan, static: bool) -> None:
+    model, tokens, mask = tiny(), ids(length=LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :3] = 0
+    with apply_spans(model, plan, length=LENGTH, static=static):
+        expected = logits(model, tokens, attention_mask=mask)
+        with torch.inference_mode():
+            cache = model(tokens[:, :20], attention_mask=mask[:, :20]).past_key_values
+        parts = []
+        with torch.no_grad():
+            for start, end in ((20, 38), (38, 39), (39, 40)):
+                output = model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+                parts.append(output.logits)
+    close(torch.cat(parts, 1), expected[:, 20:])
+
+
+@pytest.mark.parametrize("plan", [mixed_plan(), SpanPlan.dense(LAYERS, KV_HEADS, sink=SINK, block=BLOCK)])
+@pytest.mark.parametrize("cut", [30, LENGTH - 1])
+def test_gradients_do_not_end_in_a_cache_without_a_word(plan: SpanPlan, cut: int) -> None:
+    model, tokens = tiny(), ids(length=LENGTH)
+    with apply_spans(model, plan, length=LENGTH):
+        with torch.no_grad():
+            expected = model(tokens).logits[:, cut:]
+            cache = model(tokens[:, :cut]).past_key_values
+        with pytest.raises(ValueError, match=r"no keys and values with gradients.*no_grad"):
+            model(tokens[:, cut:], past_key_values=copy.deepcopy(cache))
+        model.requires_grad_(False)
+        close(model(tokens[:, cut:], past_key_values=cache).logits, expected)
+
+
+def test_heads_that_are_not_those_of_the_configuration_are_refused() -> None:
+    """JetMoE repeats its KV heads for every expert of its attention."""
+    config = transformers.JetMoeConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS},
+        **{"num_key_value_heads": KV_HEADS, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    )
+    model = transformers.JetMoeForCausalLM(config).eval()
+    with apply_spans(model, mixed_plan()), pytest.raises(ValueError, match=r"attends to 4 KV heads.*has 2"):
+        logits(model, ids(length=LENGTH))
+
+
+def test_a_model_that_attends_twice_to_its_keys_needs_no_cache() -> None:
+    """DiffLlama gives attention half of the values at a time, of which a ring would keep one half."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+    config = transformers.DiffLlamaConfig(
+        **settings, num_attention_heads=4, num_key_value_heads=KV_HEADS, attn_implementation="sdpa"
+    )
+    model, plan, tokens = transformers.DiffLlamaForCausalLM(config).eval(), mixed_plan(), ids(length=LENGTH)
+    with by_definition(model, plan.spans(LENGTH)):
+        expected = logits(model, tokens, use_cache=False)
+    with apply_spans(model, plan, length=LENGTH):
+        close(logits(model, tokens, use_cache=False), expected)
+        with pytest.raises(ValueError, match=r"layer 0 attends twice.*use_cache=False"):
+            logits(model, tokens)

@@ -131,6 +131,9 @@ def test_bad_input(tiny_llama, tiny_tokenizer, documents, tmp_path):
         run(Source("nonsense"))
     with pytest.raises(ValueError, match="less room for the prompt"):
         run(Source(str(documents)), max_new_tokens=100)
+    with pytest.raises(ValueError, match="length 4096 is more than the 512 tokens of the model's context"):
+        run(Source(str(documents)), length=4096)
+    model.config.max_position_embeddings = 4096
     with pytest.raises(ValueError, match="no text of at least 2048 tokens for length 4096"):
         run(Source(str(documents)), length=4096)
     assert not file.exists()
@@ -173,6 +176,19 @@ def test_known_answers_are_found_in_the_conversation(tiny_tokenizer, monkeypatch
     assert tiny_tokenizer.decode(tokens).count("It is 1234.") == 2
 
 
+def test_a_fact_at_the_end_of_the_text_is_not_taken_for_its_answer(tiny_tokenizer, monkeypatch):
+    """Chat templates of instruction-tuned models begin with some hundred letters of their own."""
+    opening = "you are helpful. " * 8
+    monkeypatch.setattr(
+        tiny_tokenizer, "chat_template", opening + "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    )
+    context, asked = "words. " * 4 + "it is 1234.", (Turn("which?", "it is", "1234"), Turn("again?", "it is", "1234"))
+    tokens, answers = conversation(tiny_tokenizer, Passage(context, asked))
+    assert len(answers) == 2
+    assert tiny_tokenizer.decode(tokens[: answers[0].start]).endswith("which?><it is")
+    assert tiny_tokenizer.decode(tokens[: answers[1].start]).endswith("again?><it is")
+
+
 def test_a_prompt_never_ends_with_end_of_text(tiny_tokenizer):
     class Ending:
         chat_template = None
@@ -211,7 +227,8 @@ def test_of_several_known_answers_the_right_ones_are_supervised(tiny_llama, tiny
     monkeypatch.setattr(calibration, "predicted", judged)
     (tmp_path / "text.txt").write_text(SENTENCES)
     source, file = Source(f"facts:{tmp_path / 'text.txt'}"), tmp_path / "items.jsonl"
-    signals = calibrate(tiny_llama().eval(), tiny_tokenizer, source, {1536: False}, file, items=2)[1536]
+    model = tiny_llama(max_position_embeddings=2048).eval()
+    signals = calibrate(model, tiny_tokenizer, source, {1536: False}, file, items=2)[1536]
     assert [(signal.right, signal.asked) for signal in signals] == [(3, FACTS)] * 2
     for item in load_items(file, 1536):
         said = tiny_tokenizer.decode([token for token, mark in zip(item.tokens, item.response, strict=True) if mark])

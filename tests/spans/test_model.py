@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from planned import tiny
 from torch import nn
 
-from moa.spans.model import family, identity
+from moa.spans.model import ModelShape, family, identity
 
 
 def adapted() -> nn.Module:
@@ -55,3 +56,17 @@ def test_an_adapter_makes_another_model_of_the_same_family() -> None:
     found.append(identity(model))
     assert len({one["weights"] for one in found}) == 4
     assert family(model) == family(tiny())
+
+
+def test_heads_that_differ_from_layer_to_layer_are_refused() -> None:
+    """Gemma 4's layers that see everything have wider heads than those with a window."""
+    if "gemma4_text" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    )
+    if not getattr(config, "is_heterogeneous", False):
+        pytest.skip("this transformers has one configuration for all layers")
+    with pytest.raises(ValueError, match=r"gemma4_text: head_dim is \[8, 16\] in its layers"):
+        ModelShape.of(config)

@@ -191,3 +191,16 @@ def test_far_influence_leaves_out_sink_and_window() -> None:
 def test_a_budget_that_cannot_be_met_is_refused(model: Any, density: float) -> None:
     with pytest.raises(ValueError, match="is no budget"):
         uniform_window(model, density, 1024)
+
+
+def test_a_record_of_more_lines_than_pairs_of_words_is_as_long_as_asked() -> None:
+    def words(text: str) -> int:
+        return len(text.split())
+
+    for length in (4096, 8192, 32768):
+        (made,) = generate("lines", length, 1, words, seed=2)
+        assert length - 4 <= words(made.prompt) + 1 <= length
+        record = made.prompt.removeprefix("Record:").partition(" Question: ")[0].split(". ")
+        keys = [entry.strip(" .").rpartition(" ")[0] for entry in record]
+        assert len(set(keys)) == len(keys)
+        assert keys.count(made.prompt.rpartition("Question: ")[2]) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from planned import BLOCK, KV_HEADS, LAYERS, SINK, mixed_plan, tiny
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from moa.spans import Rule, SpanPlan, span
 
@@ -183,3 +183,16 @@ def test_bytes() -> None:
     assert plan.kv_bytes(model, 40, batch=3, dtype=torch.bfloat16) == slots * 8 * 2 * 2 * 3
     with pytest.raises(ValueError, match="length=0"):
         plan.kv_bytes(model, 0)
+
+
+def test_share_of_the_bytes_is_the_models() -> None:
+    """Of a query-head plan the longest of a group counts, and a layer with a window of its own keeps that."""
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    by_query = SpanPlan([[0.0] * 4] * 2, [[0.25, 0.5, 0.25, 0.25]] * 2, heads="query", sink=4, block=4)
+    assert by_query.kv_density(64) == 0.3125
+    assert by_query.kv_share(config, 64) == 0.375
+    windowed = MistralConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=17)
+    windowed.layer_types = ["sliding_attention", "full_attention"]
+    half = SpanPlan.uniform(2, 2, 0.5, sink=4, block=4)
+    assert half.kv_share(windowed, 64) == (16 + 32) / (16 + 64)
+    assert half.kv_share(config, 64) == half.kv_density(64) == 0.5

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from moa.cli import app
-from moa.cli.spans.recipe import SpanRecipe
+from moa.cli.spans.recipe import PlanFolder, SpanRecipe
 from moa.recipes import names
 from moa.spans import SpanPlan, apply_spans
 from moa.spans.evidence.influence import Influence
@@ -198,3 +198,37 @@ def test_shipped_recipes_are_valid_and_say_what_they_do(name, tmp_path):
     loaded.save(tmp_path)
     again = SpanRecipe(**yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
     assert again == loaded
+
+
+def test_plans_stay_in_their_order_beyond_a_hundred(tmp_path):
+    folder = PlanFolder(tmp_path)
+    for place in (100, 9, 10, 11, 101):
+        folder.plan(place).touch()
+    assert folder.front() == [folder.plan(place) for place in (9, 10, 11, 100, 101)]
+
+
+def test_half_a_profile_is_not_searched(recipe, done, tiny_base, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    settings = SpanRecipe.load(str(recipe), {"base": str(tiny_base), "output": str(folder)})
+    file = settings.influence_file(96)
+    half = Influence.load(file)
+    half.items = 1
+    half.save(file)
+    said = moa("spans", "search", recipe, "--base", tiny_base, "--output", folder, code=2)
+    assert "holds 1 of the 2 items of 96 tokens" in said
+    assert "`moa spans profile` was stopped" in said
+
+
+def test_fewer_items_than_asked_for_are_told(recipe, done, tiny_base, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    said = moa("spans", "validate", recipe, "--base", tiny_base, "--output", folder, "--validate_items", 3)
+    assert "has 2 of 3 items of 256 tokens" in said
+
+
+def test_what_does_not_fit_into_the_context_is_refused(recipe, done, tiny_base):
+    folder, _ = done
+    said = moa("spans", "run", recipe, "--base", tiny_base, "--output", folder, "--prompt", "far " * 600, code=2)
+    assert "tokens, but the model's context is 512" in said
+    other = ["--lengths", "1024", "--extend", "[]", "--validate_length", "1100", "--output", folder.with_name("long")]
+    said = moa("spans", "calibrate", recipe, "--base", tiny_base, *other, code=2)
+    assert "length 1024 is more than the 512 tokens of the model's context" in said

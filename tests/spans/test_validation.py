@@ -145,6 +145,13 @@ def test_report_page_shows_every_span_and_every_plan(tmp_path):
     assert "<b>evil" not in text
     assert "1.2500 under the plan, 1.5000 dense" in text
     assert "62.5%" in text
+    losses = {"losses_of_all": [9, 2, 1.25], "accuracies_of_all": [0, 0.625, 0.875], "chosen": 2}
+    plans[1].searched["validation"] |= losses  # a plan without influence of its own was measured, too, as the first
+    beside = write_report(tmp_path / "beside.html", plans[1], [SpanPlan.dense(2, 3, **FIELDS), *plans], 160).read_text()
+    assert "plan 02: 2 and 2" in beside
+    assert "02 (chosen)" in beside
+    assert beside.index("01") < beside.index("2.0000") < beside.index("02 (chosen)") < beside.index("1.2500</td>")
+    assert "9.0000" not in beside
     alone = write_report(tmp_path / "alone.html", SpanPlan.dense(1, 1), length=64).read_text()
     assert "not validated" in alone
     assert "circle" not in Page(alone).tags

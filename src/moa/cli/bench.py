@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +45,7 @@ def bench(
     from moa.studies.study import Study
 
     resolved = Study.load(study, flags(context.args))
-    from moa.files import alone
+    from moa.files import alone, check_place
     from moa.settings import save
     from moa.studies.conduct import conduct
     from moa.studies.engine import Engine
@@ -52,6 +53,7 @@ def bench(
     from moa.training.stops import TrainingStopped
 
     console = terminal()
+    check_place(Path(resolved.output).expanduser(), "output", folder=True)
     where = Engine(engine, workers, address)
     with console.status("sizing methods") as status:
         planned = plan(resolved, only or [], lambda name: status.update(Text(f"sizing {name}")))

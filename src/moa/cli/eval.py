@@ -26,6 +26,7 @@ from moa.cli.options import (
 )
 from moa.cli.tables import accuracy_table, progress_bar
 from moa.cli.terminal import terminal
+from moa.files import check_place
 
 
 def eval(
@@ -58,6 +59,8 @@ def eval(
         `moa eval runs/my-adapter --workers 4`
     """
     check_places(adapter, spans)
+    if output is not None:
+        check_place(output, "--output")
     where = elsewhere(engine, workers, address)
     from moa.evaluation.results import as_json, family_means, write
     from moa.evaluation.sets import load_all

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from moa.cli.options import BaseOption, Dtype, DtypeOption, TemplateOption
+from moa.cli.errors import say
+from moa.cli.options import BaseOption, Dtype, DtypeOption, TemplateOption, check_places
+from moa.files import check_place
 
 
 class Target(StrEnum):  # typer offers the members as choices
@@ -54,8 +56,22 @@ def export(
 
         `moa export runs/mixture --output runs/my-lora --data train.jsonl --rank 32 --steps 500`
     """
+    check_places(str(adapter))
+    check_place(output, "--output", folder=True)
+    if output.resolve() == adapter.resolve():
+        raise ValueError(
+            f"--output={str(output)!r} is the adapter itself, which a LoRA would replace: name another folder"
+        )
     from moa.integrations import lora
+    from moa.training.base import check_folder
+    from moa.training.spans import plan_beside
 
+    if adapter.is_dir():
+        check_folder(adapter)
+    if plan_beside(str(adapter)) is not None:
+        say(
+            f"note: {adapter} was trained under a span plan, which a LoRA does not carry: it is made and measured dense"
+        )
     if lora.is_exact(adapter):
         written = lora.to_lora(adapter, output)
         modules = ", ".join(sorted(written.target_modules or []))

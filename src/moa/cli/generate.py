@@ -60,6 +60,7 @@ def _answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, tem
 
     from moa.data import prompt_tokens
     from moa.evaluation.generation import context, greedy
+    from moa.generation import generate_by
 
     tokens = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
     room = context(model) - tokens.shape[1]
@@ -70,7 +71,7 @@ def _answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, tem
         settings.do_sample, settings.temperature = True, temperature
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     mask = torch.ones_like(tokens)
-    model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, streamer=streamer)
+    generate_by(settings, model, input_ids=tokens, attention_mask=mask, streamer=streamer)
 
 
 def _instructions() -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moa.files import check_place
+
 
 def import_reference(
     source: Annotated[
@@ -30,6 +32,9 @@ def import_reference(
 
     Example: moa import-reference exp/adapter --base meta-llama/Llama-3.1-8B-Instruct --output adapters/official
     """
+    check_place(output, "--output", folder=True)
+    if output.resolve() == (source if source.is_dir() else source.parent).resolve():
+        raise ValueError(f"--output={str(output)!r} holds the official adapter: name another folder, which keeps it")
     from moa.adapters.reference import files as reference_files
 
     config = reference_files.import_reference(source, base, output, variant)

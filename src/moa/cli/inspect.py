@@ -21,6 +21,7 @@ from moa.cli.options import (
 )
 from moa.cli.tables import progress_bar
 from moa.cli.terminal import terminal
+from moa.files import check_place
 
 if TYPE_CHECKING:
     from moa.evaluation.sets import EvaluationSet
@@ -57,6 +58,8 @@ def inspect(
     """
     if output.suffix not in (".html", ".htm"):
         raise ValueError(f"--output {output} must end in .html; the numbers go beside it into a .json file")
+    check_place(output, "--output")
+    check_place(output.with_suffix(".json"), "--output, its numbers")
     check_places(adapter)
     check_places(against)
     from moa.evaluation.sets import load_all

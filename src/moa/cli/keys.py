@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Column, Table
 from typer.core import TyperCommand
 
+from moa.cli.errors import say
 from moa.cli.terminal import terminal
 
 KINDS = ("recipe", "span recipe", "study")
@@ -65,6 +66,8 @@ def class_of(kind: str) -> Any:
 def flags(arguments: list[str]) -> dict[str, str | list[str]]:
     """``["--a.b", "1", "--c=2", "--d", "3", "4"]`` to ``{"a.b": "1", "c": "2", "d": ["3", "4"]}``.
 
+    Of a flag that comes twice the last one counts, which is told.
+
     Raises:
         ValueError: an argument before the first flag, or a flag without a value.
     """
@@ -76,7 +79,9 @@ def flags(arguments: list[str]) -> dict[str, str | list[str]]:
             raise ValueError(f"unexpected argument {flag!r}: keys are given as --key VALUE")
         if not values:
             raise ValueError(f"--{key} needs a value: --{key} VALUE")
-        found[key.replace("-", "_")] = values[0] if len(values) == 1 else values
+        if key in found:
+            say(f"note: --{key} is given twice: the last one counts, {' '.join(values)}", style="yellow")
+        found[key] = values[0] if len(values) == 1 else values
     return found
 
 

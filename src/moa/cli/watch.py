@@ -36,14 +36,23 @@ def watch(
 
 
 def server(run: Path, port: int) -> ThreadingHTTPServer:
-    """Answers every request with the page of the run as it stands."""
+    """Answers every request with the page of the run as it stands.
+
+    Raises:
+        OSError: the port is taken; names it.
+    """
     from moa.report.watch import page_of
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            content = page_of(run).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
+            try:
+                status, kind, content = 200, "html", page_of(run).encode()
+            except (OSError, ValueError) as error:  # a run that is replaced has no files for a moment
+                status, kind, content = 503, "plain", str(error).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
+            if status != 200:
+                self.send_header("Refresh", "5")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -51,4 +60,7 @@ def server(run: Path, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: every refresh would be a line."""
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Page)
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Page)
+    except OSError as error:
+        raise OSError(f"--port={port} cannot be had ({error.strerror}); 0 takes any free one") from None

@@ -33,6 +33,8 @@ KNOWN = (
     "messages",
 )
 
+_OURS = frozenset({"task", "place"})  # of rows that moa itself has written
+
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 
@@ -63,6 +65,22 @@ def _converted(fields: Mapping[str, Any], split: str) -> Row:
         name = "completion" if "prompt" in row else "output"
         raise ValueError(f"the field {name!r} is empty: there is nothing to learn")
     return row
+
+
+def unread(fields: Mapping[str, Any]) -> set[str]:
+    """Names of a row's fields that hold something and that its dialect has no use for; none in a chat."""
+    if "messages" in fields:
+        return set()
+    if "prompt" in fields and "completion" in fields:
+        read = {"prompt", "completion", "output", "answer"}
+    elif "instruction" in fields:
+        read = {"instruction", "input", "output", "answer"}
+    elif {"Body", "Question", "Answer"} <= fields.keys():
+        read = {"Body", "Question", "Answer"}
+    else:
+        read = {"question", "answer"}
+    held = {name for name, value in fields.items() if not (value is None or _is_nan(value) or value in ("", [], {}))}
+    return held - read - _OURS
 
 
 def check_text(what: str, text: str) -> None:

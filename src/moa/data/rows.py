@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moa.choices import check_range, first_line, nearest
-from moa.data.dialects import Row, convert
+from moa.data.dialects import Row, convert, unread
 from moa.extras import extra
 from moa.files import read_json, read_lines
 from moa.places import on_hub
@@ -31,7 +31,8 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
         seed: of the draw, and of the bundled tasks.
 
     Raises:
-        ValueError: a row that cannot be used (with file and line), a data set without rows, an unknown task.
+        ValueError: a row that cannot be used (with file and line), a data set without rows, a folder with one file in
+            both formats, an unknown task.
         FileNotFoundError: no such file or folder; names near ones.
     """
     if limit is not None:
@@ -44,13 +45,29 @@ def load_rows(source: str, *, split: str, limit: int | None = None, seed: int = 
     return random.Random(seed).sample(rows, limit) if limit is not None and limit < len(rows) else rows
 
 
-def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
+def bundled_tasks(names: str) -> list[str]:
+    """The tasks that stand behind ``tasks:``, all of the suite for ``all``.
+
+    Raises:
+        ValueError: an unknown task, or one that is named twice.
+    """
     from moa.tasks import SUITE, TASKS
 
-    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
+    if names == "all":
+        return list(SUITE)
+    tasks = [name.strip() for name in names.split(",")]
     for task in tasks:
         if task not in TASKS:
-            raise ValueError(f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}")
+            raise ValueError(
+                f"there is no bundled task {task!r}{nearest(task, TASKS)}; tasks are {sorted(TASKS)}, or all alone"
+            )
+        if tasks.count(task) > 1:
+            raise ValueError(f"'tasks:{names}' names {task!r} twice")
+    return tasks
+
+
+def _bundled(names: str, split: str, limit: int | None, seed: int) -> list[Row]:
+    tasks = bundled_tasks(names)
     each = ROWS_PER_TASK if limit is None else -(-limit // len(tasks))
     rows: list[Row] = [row | {"task": task} for task in tasks for row in _of_task(task, split, each, seed)]
     random.Random(seed).shuffle(rows)
@@ -91,12 +108,27 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     if not chosen:
         names = ", ".join(file.name for file in files) or "no .json or .jsonl file at all"
         raise FileNotFoundError(f"{folder} has no {split}.jsonl, {split}.json or {split}_*.jsonl; it has {names}")
+    stems = [file.stem for file in chosen]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise ValueError(f"{folder} has both {twice}.json and {twice}.jsonl: name the file that is meant, or move one")
     return chosen
 
 
 def _from_file(file: Path, split: str) -> list[Row]:
     found = read_lines(file, "data set") if file.suffix == ".jsonl" else _items(file)
-    return [convert(fields, split=split, place=place) for place, fields in found]
+    return _converted(found, split, str(file))
+
+
+def _converted(found: Iterable[tuple[str, Any]], split: str, source: str) -> list[Row]:
+    """Rows by place; says once which of their fields nothing reads, for a question may stand in one of them."""
+    rows: list[Row] = []
+    unused: set[str] = set()
+    for place, fields in found:
+        rows.append(convert(fields, split=split, place=place))
+        unused |= unread(fields)
+    if unused:
+        print(f"note: {source}: the fields {sorted(unused)} are not read")
+    return rows
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
@@ -122,10 +154,8 @@ def _from_hub(source: str, split: str) -> list[Row]:
         raise ValueError(
             f"{source!r} is no local path and could not be loaded from the hub: {first_line(error)}"
         ) from error
-    return [
-        convert(_without_nulls(fields), split=split, place=f"{source}, {split} row {number}")
-        for number, fields in enumerate(loaded, start=1)
-    ]
+    numbered = enumerate(map(_without_nulls, loaded), start=1)
+    return _converted(((f"{source}, {split} row {number}", fields) for number, fields in numbered), split, source)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -19,7 +19,7 @@ _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "conten
 
 
 class Tokens(NamedTuple):
-    """Token ids of one row; ``answer`` ends with end-of-text, or as the chat template ends a turn."""
+    """Token ids of one row; the ``answer`` of an example ends with end-of-text, or as the chat template ends a turn."""
 
     prompt: list[int]
     answer: list[int]
@@ -67,12 +67,27 @@ def example_tokens(tokenizer: Any, row: Mapping[str, Any], template: str) -> Tok
     prompt = prompt_of(row, template)
     text = prompt_text(tokenizer, prompt)
     after = completion_of(row) if isinstance(prompt, str) else _chat_answer(tokenizer, prompt, answer_of(row), text)
+    tokens = _continued(tokenizer, prompt, text, after)
+    ended = isinstance(prompt, Chat) and end_of_turn(tokenizer)
+    return tokens if ended else tokens._replace(answer=_with_end(tokenizer, tokens.answer))
+
+
+def continued_tokens(tokenizer: Any, prompt: Prompt, after: str) -> Tokens:
+    """Token ids of a prompt and of a text that goes on from it; nothing ends that.
+
+    Raises:
+        ValueError: as `prompt_tokens`.
+    """
+    return _continued(tokenizer, prompt, prompt_text(tokenizer, prompt), after)
+
+
+def _continued(tokenizer: Any, prompt: Prompt, text: str, after: str) -> Tokens:
+    """``text``: of the prompt."""
     check_text("the answer", after)
     before, whole = _ids(tokenizer, text), _ids(tokenizer, text + after)
     # Tokens that merge across the border would change the prompt: then the answer is tokenised alone.
     answer = whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, after)
-    ended = isinstance(prompt, Chat) and end_of_turn(tokenizer)
-    return Tokens([*_opening(tokenizer, prompt), *before], answer if ended else _with_end(tokenizer, answer))
+    return Tokens([*_opening(tokenizer, prompt), *before], answer)
 
 
 def end_of_turn(tokenizer: Any) -> set[int]:

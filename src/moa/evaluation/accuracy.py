@@ -18,7 +18,7 @@ from typing import Any
 
 from moa.data.templates import prompt_of
 from moa.data.tokens import prompt_text
-from moa.evaluation.answers import extract, is_correct, kind_of
+from moa.evaluation.answers import extract, is_correct, kind_of, wanted_of
 from moa.evaluation.generation import generate
 from moa.extras import extra
 
@@ -89,11 +89,14 @@ def evaluate(
         progress: called with the number of rows just finished, after each batch.
 
     Raises:
-        ValueError: no rows, an unknown template, or a row without a prompt or a gold answer.
+        ValueError: no rows, an unknown template, or a row without a prompt or a gold answer of its kind.
     """
     if not rows:
         raise ValueError("nothing to evaluate: the data set has no rows")
     golds = [gold_of(row) for row in rows]
+    kind = kind or kind_of(golds)
+    for gold in golds:
+        wanted_of(kind, gold)
     prompts = [prompt_of(row, template) for row in rows]
     read = [prompt_text(tokenizer, prompt) for prompt in prompts]
     texts: list[str | None] = [None] * len(rows)
@@ -102,7 +105,6 @@ def evaluate(
             texts[place] = answer
         if progress is not None:
             progress(len(places))
-    kind = kind or kind_of(golds)
     headed = [isinstance(prompt, str) for prompt in prompts]
     return Result(kind, [_judge(kind, *item) for item in zip(read, golds, texts, headed, strict=True)])
 

@@ -26,10 +26,8 @@ from typing import Any
 
 NUMBER_TOLERANCE = 1e-3
 
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-−])?(?:(?<=[-−])\$)?(?<![\d.])"
-    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-)
+_DIGITS = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(rf"(?P<sign>(?<![\w)])[-−])?(?:(?<=[-−])\$)?(?<![\d.])(?P<digits>{_DIGITS})")
 _SAYS = r"\banswer(?:\s+is|\s*:)(?!\s+not\b)(?:\s+(?:option|choice))?"
 _MARKUP = r"[\s:*_\"'`$(\[{]*(?:\\boxed\{|\\text\{)*"
 _EXPLICIT_LETTER = re.compile(
@@ -71,14 +69,24 @@ def is_correct(kind: str, text: str, gold: str) -> bool:
     Raises:
         ValueError: unknown kind, or a gold answer that is not of this kind.
     """
-    answer, wanted = extract(kind, text), extract(kind, gold)
-    if wanted is None:
-        raise ValueError(f"the gold answer {gold!r} is not a {kind}")
+    wanted, answer = wanted_of(kind, gold), extract(kind, text)
     if answer is None:
         return False
     if kind == "begins":
         return answer.startswith(wanted) and not answer[len(wanted) : len(wanted) + 1].isalnum()
     return abs(float(answer) - float(wanted)) <= NUMBER_TOLERANCE if kind == "number" else answer == wanted
+
+
+def wanted_of(kind: str, gold: str) -> str:
+    """A gold answer in the form that `extract` gives.
+
+    Raises:
+        ValueError: unknown kind, or a gold answer that is not of this kind.
+    """
+    wanted = extract(kind, gold)
+    if wanted is None:
+        raise ValueError(f"the gold answer {gold!r} is not a {kind}")
+    return wanted
 
 
 def kind_of(golds: Iterable[str]) -> str:
@@ -170,7 +178,7 @@ _RULES: dict[str, Callable[[str], str | None]] = {
     "begins": lambda text: text.strip() or None,
 }
 _FORMS = {
-    "number": re.compile(r"-?\$?[\d,]*\.?\d+"),
+    "number": re.compile(rf"-?\$?(?:{_DIGITS})"),  # "3,5" and "74,66" are none, of which a rule would read the end
     "choice": re.compile(r"[A-E]"),
     "bool": re.compile(_BOOL, re.IGNORECASE),
     "label": re.compile(_LABEL, re.IGNORECASE),

@@ -1,14 +1,15 @@
 """Greedy generation for many prompts, in batches of similar length.
 
 Contract: prompts are tokenised by `moa.data.tokens`, padded on the left and never cut; the batches come longest first,
-so that an estimate of the time left errs on the careful side and too large a batch fails at once. Decoding is plain
+so that an estimate of the time left errs on the careful side and too large a batch fails at once. Under a span plan,
+rows share a batch only if their spans are those that they have alone. Decoding is plain
 greedy: sampling and penalties of the model's own generation settings are switched off. A text ends before the
 end-of-text token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import GenerationConfig
 from moa.choices import check_range
 from moa.data.templates import Prompt
 from moa.data.tokens import end_of_turn, prompt_tokens
+from moa.generation import generate_by
+from moa.spans.runtime.application import applied_to
 
 
 def generate(
@@ -47,21 +50,51 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for places in batches(fitting, ids, batch_size):
+        for places in batches(fitting, ids, batch_size, alike_under_spans(model, max_new_tokens)):
             tokens, mask = pad_left([ids[place] for place in places], settings.pad_token_id)
-            output = model.generate(
-                input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            output = generate_by(
+                settings, model, input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
             )
             yield places, tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
     finally:
         model.train(was_training)
 
 
-def batches(places: Sequence[int], ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Places in batches of similar length, longest first; equal lengths keep their order."""
-    ordered = sorted(places, key=lambda place: -len(ids[place]))
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+def batches(
+    places: Sequence[int],
+    ids: Sequence[Sequence[int]],
+    batch_size: int,
+    alike: Callable[[int, int], bool] = lambda own, longest: True,
+) -> Iterator[list[int]]:
+    """Places in batches of similar length, longest first; equal lengths keep their order.
+
+    Args:
+        places: to order.
+        ids: tokens by place.
+        batch_size: most places of a batch.
+        alike: whether a row of so many tokens may share a batch with a longest one of so many.
+    """
+    batch: list[int] = []
+    for place in sorted(places, key=lambda place: -len(ids[place])):
+        if batch and (len(batch) == batch_size or not alike(len(ids[place]), len(ids[batch[0]]))):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def alike_under_spans(model: Any, new_tokens: int = 0) -> Callable[[int, int], bool]:
+    """For `batches`: under a span plan rows whose spans follow from the longest one's length as from their own.
+
+    Args:
+        model: with or without a plan.
+        new_tokens: to be generated; 0: texts are read as they are.
+    """
+    applied = applied_to(model)
+    if applied is None:
+        return lambda own, longest: True
+    return lambda own, longest: applied.alike(own + new_tokens, longest + new_tokens, told=new_tokens > 0)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

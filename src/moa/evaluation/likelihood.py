@@ -1,25 +1,23 @@
-"""Choices by likelihood, as lm_eval scores them: which of a row's possible answers the model finds most likely.
+"""Choices by likelihood: which of a row's possible answers the model finds most likely.
 
 A small model still guesses at letters and labels when it can tell the answers apart; likelihood needs no form to be
-learned. Every row becomes a document of an lm_eval task of ours, whose context is the very prompt that `moa eval` asks
-with, and whose choices are what the row may be answered with, in the words that its own answer has.
-
-Free answers stay with `moa.evaluation.answers`: lm_eval has filters for single published sets, but no rule that reads
-the same answer from all of them, falls back in the same order, and is tested against texts that mislead.
+learned. Every choice stands behind the very tokens that `moa eval` asks with, in the words that the row's own answer
+has, and is worth the sum of its tokens' log-probabilities: what lm_eval calls ``acc``. lm_eval itself is not asked,
+since it makes tokens of its own: it puts a begin-of-text token before chats, takes what a tokenizer appends to a prompt
+for the answer's, and cuts what is too long.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moa.data.templates import prompt_of
-from moa.data.tokens import prompt_text, prompt_tokens
+from moa.data.templates import Prompt, prompt_of
+from moa.data.tokens import continued_tokens
 from moa.evaluation.accuracy import gold_of
 from moa.evaluation.answers import extract
-from moa.extras import extra
+from moa.evaluation.loss import losses_of
 
 KINDS = ("bool", "choice", "label")
 """Kinds of answers that are one of a few, see `moa.evaluation.answers`."""
@@ -36,7 +34,7 @@ def choices_of(row: Mapping[str, Any], kind: str) -> list[str]:
     Raises:
         ValueError: the gold answer is not among them, or there is nothing to choose from.
     """
-    asked = str(row.get("prompt") or f"{row.get('instruction', '')}\n{row.get('input', '')}")
+    asked = _question(row)
     stated = _FORMAT.search(asked)
     found = {
         "bool": lambda: ["true", "false"],
@@ -66,53 +64,36 @@ def chosen(
         batch_size: choices per forward.
 
     Raises:
-        ValueError: a kind of answers that is not one of a few, or a row without choices.
+        ValueError: a kind of answers that is not one of a few, a row without choices, or one that is longer than the
+            model's context.
     """
     if kind not in KINDS:
         raise ValueError(f"likelihood compares choices: kind={kind!r} is not one of {list(KINDS)}")
-    documents = [_document(tokenizer, row, template, kind) for row in rows]
-    with extra("bench"):
-        import datasets
-        from lm_eval import simple_evaluate
-        from lm_eval.api.task import ConfigurableTask
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    task = ConfigurableTask(
-        config={
-            "task": "moa",
-            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "asked",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}],
-        }
-    )
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    opened = prompt_tokens(tokenizer, "a") != bare  # by a begin-of-text token
-    was_training = model.training
-    model.eval()
-    try:
-        asker = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=opened)
-        alone = TaskManager(include_defaults=False)  # which else reads the thousands of files of its own tasks first
-        found = simple_evaluate(asker, tasks=[task], task_manager=alone, bootstrap_iters=0, log_samples=True)
-    finally:
-        model.train(was_training)
-    samples = sorted(found["samples"]["moa"], key=lambda sample: sample["doc_id"])
-    return [bool(sample["acc"]) for sample in samples]
+    choices = [choices_of(row, kind) for row in rows]
+    examples = [
+        continued_tokens(tokenizer, *pair)
+        for row, named in zip(rows, choices, strict=True)
+        for pair in _answers(row, named, template)
+    ]
+    losses = (loss for loss, _ in losses_of(model, examples, batch_size)) if examples else iter(())
+    found = []
+    for row, named in zip(rows, choices, strict=True):
+        own = [next(losses) for _ in named]
+        found.append(named[own.index(min(own))] == extract(kind, gold_of(row)))
+    return found
 
 
-def _document(tokenizer: Any, row: Mapping[str, Any], template: str, kind: str) -> dict[str, Any]:
+def _question(row: Mapping[str, Any]) -> str:
+    """What the row asks, before any template; of a chat everything that was said."""
+    if "messages" in row:
+        return "\n".join(message.get("content", "") for message in row["messages"][:-1])
+    return str(row.get("prompt") or f"{row.get('instruction', '')}\n{row.get('input', '')}")
+
+
+def _answers(row: Mapping[str, Any], choices: Sequence[str], template: str) -> Iterator[tuple[Prompt, str]]:
+    """The row's prompt with each of its choices, in the words that its own answer has."""
     prompt = prompt_of(row, template)
-    choices = choices_of(row, kind)
     stated = _STATED.search(str(row.get("output") or "").strip().rstrip("."))
     # As in training: a text's answer starts with a space, a chat's does not.
     start = (" " if isinstance(prompt, str) else "") + (stated[1] if stated else "")
-    return {
-        "asked": prompt_text(tokenizer, prompt),
-        "choices": [f"{start}{choice}" for choice in choices],
-        "gold": choices.index(str(extract(kind, gold_of(row)))),
-    }
+    yield from ((prompt, f"{start}{choice}") for choice in choices)

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from moa.data.tokens import example_tokens
-from moa.evaluation.generation import batches, context
+from moa.data.tokens import Tokens, example_tokens
+from moa.evaluation.generation import alike_under_spans, batches, context
 
 
 def answer_loss(
@@ -35,16 +35,24 @@ def answer_losses(
     """
     if not rows:
         raise ValueError("nothing to evaluate: the data set has no rows")
-    examples = [example_tokens(tokenizer, row, template) for row in rows]
+    return losses_of(model, [example_tokens(tokenizer, row, template) for row in rows], batch_size)
+
+
+def losses_of(model: Any, examples: Sequence[Tokens], batch_size: int) -> list[tuple[float, int]]:
+    """Of every example, the summed cross-entropy of its answer's tokens in nats, and the number of these.
+
+    Raises:
+        ValueError: an example longer than the model's context.
+    """
     whole = [example.prompt + example.answer for example in examples]
     longest = max(map(len, whole))
     if longest > context(model):
         raise ValueError(f"a row has {longest} tokens, but the model's context is {context(model)}")
     found: dict[int, tuple[float, int]] = {}
-    for places in batches(range(len(rows)), whole, batch_size):
+    for places in batches(range(len(whole)), whole, batch_size, alike_under_spans(model)):
         losses = _batch_losses(model, [whole[p] for p in places], [len(examples[p].prompt) for p in places])
         found |= zip(places, losses, strict=True)
-    return [found[place] for place in range(len(rows))]
+    return [found[place] for place in range(len(whole))]
 
 
 @torch.inference_mode()

@@ -72,7 +72,7 @@ def parse(source: str, shortest: int = long_context.SHORTEST) -> tuple[str, int]
         ValueError: no number of tokens, or too small a one.
     """
     name, _, tokens = source.partition(":")[2].rpartition("@")
-    if not name or not tokens.isdigit() or int(tokens) < shortest:
+    if not name or not tokens.isdecimal() or int(tokens) < shortest:
         raise ValueError(f"{source!r} must name a task or text and at least {shortest} tokens, as in 'long:lines@1024'")
     return name, int(tokens)
 

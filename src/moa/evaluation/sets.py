@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.data.rows import load_rows
+from moa.data.rows import bundled_tasks, load_rows
 from moa.evaluation.accuracy import Result, evaluate, gold_of
 from moa.evaluation.answers import kind_of
-from moa.tasks import SUITE, TASKS
+from moa.tasks import TASKS
 
 # The sets of the paper's two tables, as their folders and hub names are spelt, less everything but letters.
 PUBLISHED = {
     "math": ("addsub", "aqua", "gsmk", "multiarith", "singleeq", "svamp", "mawps", "mathqa"),
-    "commonsense": ("boolq", "piqa", "socialiqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa", "obqa"),
+    "commonsense": (
+        *("boolq", "piqa", "socialiqa", "siqa", "hellaswag", "winogrande", "openbookqa", "obqa"),
+        *("arc", "arceasy", "arcchallenge"),
+    ),
 }
 ANSWER_TOKENS = {"number": 256, "choice": 256, "json": 256, "text": 256, "bool": 40, "label": 40}
 
@@ -58,8 +61,10 @@ def load_sets(source: str, *, limit: int | None = None, seed: int = 0) -> list[E
     names = source.removeprefix("tasks:")
     if names == source:
         return [_published(source, load_rows(source, split="test", limit=limit, seed=seed))]
-    tasks = list(SUITE) if names == "all" else [name.strip() for name in names.split(",")]
-    return [_bundled(task, load_rows(f"tasks:{task}", split="test", limit=limit, seed=seed)) for task in tasks]
+    return [
+        _bundled(task, load_rows(f"tasks:{task}", split="test", limit=limit, seed=seed))
+        for task in bundled_tasks(names)
+    ]
 
 
 def load_all(
@@ -123,7 +128,11 @@ def _published(source: str, rows: list[dict[str, Any]]) -> EvaluationSet:
     path = local.resolve() if local.exists() else Path(source.partition(":")[0])  # hub names end in :CONFIGURATION
     name = path.stem if path.suffix in (".json", ".jsonl") else path.name
     name = (path.parent.name if name in ("test", "train") else name).removeprefix("eval_")
-    letters = re.sub(r"[^a-z]", "", name.lower())
-    family = next((f for f, known in PUBLISHED.items() if letters.startswith(known)), "other")
+    family = next((f for f, known in PUBLISHED.items() if any(_is(one, name) for one in known)), "other")
     kind = kind_of(gold_of(row) for row in rows)
     return EvaluationSet(name, family, kind, None, ANSWER_TOKENS[kind], rows)
+
+
+def _is(known: str, name: str) -> bool:
+    """Whether a name begins with a published set's: "ARC-Challenge" and "gsm8k_test" do, an "archive" does not."""
+    return re.match("[^a-z]*" + "[^a-z]*".join(known) + "(?![a-z])", name.lower()) is not None

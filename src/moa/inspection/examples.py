@@ -12,6 +12,7 @@ from moa.adapters.telemetry import Place
 from moa.data.templates import Prompt
 from moa.data.tokens import prompt_text, prompt_tokens
 from moa.evaluation.generation import context, greedy
+from moa.generation import generate_by
 from moa.inspection.collect import RouterFacts, all_columns, decisions_of
 from moa.inspection.results import Example, Strongest
 
@@ -43,7 +44,7 @@ def example(
         return None
     tokens = torch.tensor([read], device=model.device)
     settings = greedy(model, tokenizer, room)
-    written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    written = generate_by(settings, model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
     text = [int(token) for token in written[0]]
     answer = text[len(read) :]
     if answer and answer[-1] in (settings.eos_token_id or []):

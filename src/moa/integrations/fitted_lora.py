@@ -102,6 +102,8 @@ def fit_lora(
         raise ValueError(f"one mixture becomes one LoRA, but active are {names or 'none'}: call set_adapter with one")
     examples = [example_tokens(tokenizer, row, template) for row in rows]
     examples = [example for example in examples if len(example.prompt) + len(example.answer) <= context(model)]
+    if len(examples) < len(rows):
+        print(f"note: {len(rows) - len(examples)} of {len(rows)} rows are longer than the model's context and left out")
     if len(examples) < 2 * HELD_OUT:
         raise ValueError(
             f"{len(examples)} rows that fit into the model's context are too few to fit on: give at least 10"

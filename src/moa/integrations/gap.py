@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moa.data.tokens import Tokens
 from moa.evaluation.generation import batches, context, greedy, pad_left
+from moa.generation import generate_by
 
 ANSWER_TOKENS = 48
 """Of the mixture's own answers so many tokens are compared."""
@@ -66,9 +67,7 @@ def own_answers(model: Any, tokenizer: Any, examples: Sequence[Tokens], batch_si
     ends = set(settings.eos_token_id or [])
     for batch in in_batches(examples, batch_size):
         tokens, mask = pad_left([one.prompt for one in batch], settings.pad_token_id)
-        output = model.generate(
-            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
+        output = generate_by(settings, model, input_ids=tokens.to(model.device), attention_mask=mask.to(model.device))
         for one, row in zip(batch, output[:, tokens.shape[1] :].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
             answered.append(Tokens(one.prompt, row[:end]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def write_report(path: str | Path, plan: SpanPlan, front: Sequence[SpanPlan] = (
         heads=len(plan.alphas[0]),
         rows=_picture(plan, length),
         densities=[[n, f"{plan.kv_density(n):.1%}", f"{plan.attention_density(n):.1%}"] for n in lengths],
-        front=_front(plan, [entry for entry in front if entry.searched.get("losses")]),
+        front=_front(plan, {place: entry for place, entry in enumerate(front) if entry.searched.get("losses")}),
         verdict=_verdict(plan),
         evidence=json.dumps(plan.searched, indent=1),
     )
@@ -48,19 +48,24 @@ def _picture(plan: SpanPlan, length: int) -> list[list[Any]]:
     return rows
 
 
-def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any] | None:
-    """What plans drop at the shortest and the longest profiled length, for the scatter, and the table of all."""
+def _front(plan: SpanPlan, front: Mapping[int, SpanPlan]) -> dict[str, Any] | None:
+    """What plans drop at the shortest and the longest profiled length, for the scatter, and the table of all.
+
+    Args:
+        plan: the chosen one.
+        front: those with losses, by their places among all that were measured.
+    """
     if not front:
         return None
-    lengths = sorted(front[0].searched["losses"], key=int)
+    lengths = sorted(next(iter(front.values())).searched["losses"], key=int)
     validation = plan.searched.get("validation", {})
     chosen = validation.get("chosen")
-    losses = [[entry.searched["losses"][name] for name in lengths] for entry in front]
+    losses = [[entry.searched["losses"][name] for name in lengths] for entry in front.values()]
     return {
         "lengths": lengths,
         "chosen": chosen,
         "head": ["plan", "kind", *(f"dropped at {name}" for name in lengths), "loss", "answers kept", "KV cache"],
-        "points": [(row[0], row[-1]) for row in losses],
+        "points": [(place, row[0], row[-1]) for place, row in zip(front, losses, strict=True)],
         "table": [
             [
                 f"{place:02}" + (" (chosen)" if place == chosen else ""),
@@ -68,7 +73,7 @@ def _front(plan: SpanPlan, front: Sequence[SpanPlan]) -> dict[str, Any] | None:
                 *(f"{loss:.4g}" for loss in row),
                 *(form.format(validation[key][place]) if key in validation else "" for key, form in MEASURED.items()),
             ]
-            for place, (entry, row) in enumerate(zip(front, losses, strict=True))
+            for (place, entry), row in zip(front.items(), losses, strict=True)
         ],
     }
 

@@ -49,13 +49,14 @@ class ModelShape:
         """Read a model or its configuration.
 
         Raises:
-            ValueError: a layer that is neither full nor sliding attention, latent attention, or heads that cannot be
-                grouped.
+            ValueError: a layer that is neither full nor sliding attention, latent attention, heads that cannot be
+                grouped, or that differ from layer to layer.
         """
         config = getattr(model_or_config, "config", model_or_config)
         config = config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None):
             raise ValueError(f"{config.model_type}: latent attention has no KV heads that could have spans")
+        _check_alike(config)
         layers, query_heads = config.num_hidden_layers, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
         if query_heads % kv_heads:
@@ -68,6 +69,18 @@ class ModelShape:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+
+def _check_alike(config: Any) -> None:
+    """Raise ValueError if layers have heads of their own, as a configuration with ``per_layer_config`` can say."""
+    if not getattr(config, "is_heterogeneous", False):
+        return
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{config.model_type}: {name} is {values} in its layers; spans need the same in all of them"
+            )
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:

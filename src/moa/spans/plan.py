@@ -239,6 +239,16 @@ class SpanPlan:
             tokens += sum(row) if window is None else len(row) * min(length, window - 1)
         return 2 * tokens * shape.head_dim * batch * dtype.itemsize
 
+    def kv_share(self, model_or_config: Any, length: int) -> float:
+        """Share of the dense cache's bytes that `kv_bytes` counts, in (0, 1].
+
+        Unlike `kv_density` it is the model's: of a query-head plan real KV heads count, and layers with a sliding
+        window of their own hold what they hold without a plan.
+        """
+        shape = ModelShape.of(model_or_config)
+        dense = SpanPlan.dense(shape.layers, shape.kv_heads)
+        return self.kv_bytes(model_or_config, length) / dense.kv_bytes(model_or_config, length)
+
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from moa.data import load_rows
+from moa.data import load_rows, prompt_tokens
 from moa.evaluation.likelihood import KINDS
 from moa.evaluation.retrieval import LONG, TEXT, TextSet, is_long, long_rows, text_set
 from moa.evaluation.sets import EvaluationSet, load_all
@@ -132,6 +132,9 @@ def _tested(data: StudyData, base: str) -> tuple[list[EvaluationSet], list[TextS
             longest = max(len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) for row in asked)
             sets.append(EvaluationSet(name, "long", "begins", None, longest, asked))
     texts = [text_set(source, rows) for source in data.test if source.startswith(TEXT)]
+    for one in texts:
+        if (have := len(prompt_tokens(_tokenizer(base), one.text))) < one.length:
+            raise ValueError(f"data.test: {one.name}: {have} tokens of text make no window of {one.length}")
     names = [*(one.name for one in sets), *(one.name for one in texts)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"data.test has two sets called {twice.pop()!r}")

@@ -39,6 +39,7 @@ class Engine:
 
     Raises:
         ValueError: another ``kind``.
+        MissingExtra: ray is not installed.
     """
 
     kind: str = "local"
@@ -47,6 +48,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         check_choice("engine", self.kind, ENGINES)
+        if self.kind == "ray":
+            with extra("ray"):
+                import ray  # noqa: F401 - it is missed now, not after the first half of the work
 
     @contextmanager
     def entered(self) -> Iterator[int]:

@@ -68,9 +68,10 @@ def _matrices(results: Sequence[Result], metric: str) -> dict[str, Matrix]:
 
 
 def _matrix(results: Sequence[Result], task: str, metric: str) -> Matrix:
-    """Scores (seeds, items) of a task; NaN where a run that diverged has none."""
+    """Scores (seeds, items) of a task; NaN where a run that diverged has none, one a seed if all of them have."""
     known = [result["sets"][task].get(metric) for result in results]
-    items = next((len(scores) for scores in known if scores is not None), results[0]["sets"][task]["rows"])
+    # How many windows a text gives, only runs that have read it know.
+    items = next((len(scores) for scores in known if scores is not None), 1)
     return np.array([[np.nan] * items if scores is None else scores for scores in known], dtype=float)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,12 @@ class Job:
     @property
     def spans(self) -> Spans:
         """How the model attends when it is measured; in a try as it was trained."""
-        cell, name = self.cell, self.study.methods[self.cell.method].spans
-        folder = self.folder / "spans" / f"seed-{cell.seed}"
-        return Spans(name if cell.purpose == TEST else "", cell.budget, self.study.calibration, folder, cell.seed)
+        study, cell = self.study, self.cell
+        name = study.methods[cell.method].spans
+        made_with = json.dumps([study.base, study.dtype, asdict(study.calibration)])
+        digest = hashlib.sha256(made_with.encode()).hexdigest()[:8]  # other settings neither meet nor replace a plan
+        folder = self.folder / "spans" / f"seed-{cell.seed}-{digest}"
+        return Spans(name if cell.purpose == TEST else "", cell.budget, study.calibration, folder, cell.seed)
 
 
 def keep(job: Job, about_it: Mapping[str, Any], path: Path) -> None:
@@ -137,7 +142,7 @@ def _measure(job: Job, stage: int) -> dict[str, Any]:
         with spans.applied(model, plan):
             found[data.name] = about(data) | _scores(job, model, tokenizer, data)
         if spans.pressed or plan is not None:
-            found[data.name]["kv_share"] = spans.share if plan is None else plan.kv_density(length)
+            found[data.name]["kv_share"] = spans.share if plan is None else plan.kv_share(base, length)
     if recipe is None:
         return {"sets": found}
     return {"sets": found, "routing": list(_routing(job, model, tokenizer, stage))}

@@ -71,8 +71,8 @@ def estimate(tasks: Sequence[Matrix], *, draws: int = DRAWS, seed: int = 0) -> E
     by_seed = np.mean([task.mean(1) for task in tasks], axis=0)
     mean = float(by_seed.mean())
     error, freedom = clustered_error(tasks)
-    if error < 1e-12:  # every seed and item alike: nothing varies, or there is but one value
-        certain = sum(task.size for task in tasks) > 1
+    if error < 1e-12:  # every seed and item alike: nothing varies, or there is but one value of every task
+        certain = max(task.size for task in tasks) > 1
         return Estimate(mean, (mean, mean), float(not certain or mean == 0), sign_flip(by_seed), by_seed.tolist())
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     low, high = _bootstrap(tasks, draws, seed) * reach + mean

@@ -58,15 +58,17 @@ def line(key: tuple[str, str], value: str) -> str:
 
 
 def keys(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """`n` different pairs of an adjective and a noun.
+    """`n` different pairs of an adjective and a noun; of two adjectives and a noun where those do not suffice.
 
     Raises:
-        ValueError: for more pairs than there are.
+        ValueError: for more than there are.
     """
-    most = len(ADJECTIVES) * len(NOUNS)
-    if n > most:
+    adjectives = list(ADJECTIVES)
+    if n > len(adjectives) * len(NOUNS):
+        adjectives = [f"{one} {other}" for one in ADJECTIVES for other in ADJECTIVES]
+    if n > (most := len(adjectives) * len(NOUNS)):
         raise ValueError(f"a record has at most {most} different lines, {n} asked")
-    return [(ADJECTIVES[i // len(NOUNS)], NOUNS[i % len(NOUNS)]) for i in rng.sample(range(most), n)]
+    return [(adjectives[i // len(NOUNS)], NOUNS[i % len(NOUNS)]) for i in rng.sample(range(most), n)]
 
 
 def value(rng: random.Random) -> str:
@@ -90,7 +92,7 @@ def story(rng: random.Random) -> str:
 
 def lines(rng: random.Random, length: int, count: Count) -> LongPrompt:
     """A record of lines; one of its keys is asked for."""
-    most = min(length // count(line(("red", "cat"), "1000")) + 2, len(ADJECTIVES) * len(NOUNS))
+    most = length // count(line(("red", "cat"), "1000")) + 2
     entries = [(key, value(rng)) for key in keys(rng, most)]
     asked = rng.random()
     budget = length - count("Record:") - count(_question(entries[0][0])) - count(" 1000")

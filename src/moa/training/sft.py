@@ -72,6 +72,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, star
         check_same(recipe, plan, folder)
     model, tokenizer = load_base(recipe.base, recipe.dtype, four_bit=recipe.four_bit)
     check_template(tokenizer, recipe.data.template, recipe.base)
+    with under(model, plan):
+        pass  # whether the plan fits, before anything is written
     examples = _examples(rows, recipe, tokenizer)
     interrupt, data = StopOnInterrupt(), SameData.of(examples)
     if checkpoint:

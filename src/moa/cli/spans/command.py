@@ -15,6 +15,7 @@ from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
     from moa.cli.spans.recipe import SpanRecipe
+    from moa.spans.evidence.items import Item
 
 Recipe = Annotated[str, typer.Argument(help="A span recipe file, or the name of one that ships with moa.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start this step over instead of going on with it.")]
@@ -70,6 +71,24 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     with progress_bar(terminal(stderr=True)) as progress:
         line = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(line, completed=done, total=total)
+
+
+def items_of(path: Path, length: int, wanted: int) -> list[Item]:
+    """The items of one length; tells if there are fewer than ``wanted``, since `calibrate` may have been stopped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or no items of that length.
+    """
+    from moa.spans.evidence.calibration import load_items
+
+    found = load_items(path, length)
+    if len(found) < wanted:
+        tell(
+            f"note: {path} has {len(found)} of {wanted} items of {length} tokens: `moa spans calibrate` was stopped, "
+            "or its source has no more"
+        )
+    return found
 
 
 def tell(message: str) -> None:

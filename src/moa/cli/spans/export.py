@@ -10,6 +10,7 @@ import typer
 
 from moa.cli.options import Dtype, DtypeOption
 from moa.cli.spans.command import tell
+from moa.files import check_place
 
 if TYPE_CHECKING:
     from moa.spans.plan import SpanPlan
@@ -54,6 +55,7 @@ def export(
 
     if output.exists():
         raise ValueError(f"output={str(output)!r} exists; name a new folder")
+    check_place(output, "output", folder=True)
     chosen = SpanPlan.load(plan)
     tokens = length or _validated_at(chosen)
     asked = load_items(items, tokens) if items is not None else []

@@ -8,7 +8,7 @@ from functools import partial
 import typer
 
 from moa.cli.options import AddressOption, EngineOption, WorkersOption, elsewhere
-from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
+from moa.cli.spans.command import Overwrite, Recipe, bar, begin, items_of, load_model, next_step, replaced, tell
 
 
 def profile(
@@ -27,14 +27,13 @@ def profile(
     settings = begin(recipe, context.args)
     where = elsewhere(engine, workers, address)
     from moa.files import alone
-    from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import influence
     from moa.spans.journal import settings_of
     from moa.spans.model import ModelShape
 
     if where is not None:
         from moa.studies.divided import measure_on
-    items = {length: load_items(settings.items_file, length) for length in sorted(settings.lengths)}
+    items = {length: items_of(settings.items_file, length, settings.items) for length in sorted(settings.lengths)}
     model, _ = load_model(settings)
     windows = ModelShape.of(model).windows
     about = {

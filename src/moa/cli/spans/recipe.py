@@ -160,4 +160,4 @@ class PlanFolder:
 
     def front(self) -> list[Path]:
         """Files of the plans that the search has found."""
-        return sorted(self.path.glob("plan-*.json"))
+        return sorted(self.path.glob("plan-*.json"), key=lambda file: (len(file.name), file.name))

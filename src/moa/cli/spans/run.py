@@ -34,6 +34,7 @@ def run(
     import torch
 
     from moa import _hosts
+    from moa.evaluation.generation import context as context_of
     from moa.spans.plan import SpanPlan
     from moa.spans.runtime.application import apply_spans
 
@@ -43,6 +44,11 @@ def run(
     text = sys.stdin.read() if prompt is None else prompt
     model, tokenizer = load_model(settings)
     tokens = torch.tensor([_tokens(tokenizer, text, template)], device=model.device)
+    if (longest := tokens.shape[1] + settings.max_new_tokens) > (most := context_of(model)):
+        raise ValueError(
+            f"prompt and answer (max_new_tokens={settings.max_new_tokens}) take up to {longest} tokens, "
+            f"but the model's context is {most}"
+        )
     with apply_spans(model, chosen):
         output = _answer(model, tokenizer, tokens, settings.max_new_tokens)
     _tell_sizes(model, _hosts.cache_of(output), output.sequences.shape[1] - 1)  # the last token is in no cache yet
@@ -69,12 +75,13 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
     from transformers import TextStreamer
 
     from moa.evaluation.generation import greedy
+    from moa.generation import generate_by
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = greedy(model, tokenizer, max_new_tokens)
     config.return_dict_in_generate = True
     mask = torch.ones_like(tokens)
-    return model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, streamer=streamer)
+    return generate_by(config, model, input_ids=tokens, attention_mask=mask, streamer=streamer)
 
 
 def _tell_sizes(model: Any, cache: Any, length: int) -> None:

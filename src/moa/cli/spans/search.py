@@ -55,8 +55,9 @@ def _measured(settings: SpanRecipe) -> dict[int, Influence]:
 
     Raises:
         FileNotFoundError: no profile.
-        ValueError: one of other blocks or of another model.
+        ValueError: one of other blocks, of another model, or of a part of the items.
     """
+    from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.influence import Influence
 
     measured = {length: Influence.load(settings.influence_file(length)) for length in sorted(settings.lengths)}
@@ -66,6 +67,12 @@ def _measured(settings: SpanRecipe) -> dict[int, Influence]:
             raise ValueError(f"{file} has blocks of {found.block}, not {settings.block}")
         if found.about.get("base") != settings.base:
             raise ValueError(f"{file} is the influence of {found.about.get('base')!r}, not of base={settings.base!r}")
+        asked = len(load_items(settings.items_file, length)) if settings.items_file.exists() else found.items
+        if found.items < asked:
+            raise ValueError(
+                f"{file} holds {found.items} of the {asked} items of {length} tokens: `moa spans profile` was stopped; "
+                "give it again to go on"
+            )
     return measured
 
 

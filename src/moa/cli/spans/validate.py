@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from moa.cli.spans.command import Overwrite, Recipe, bar, begin, load_model, next_step, replaced, tell
+from moa.cli.spans.command import Overwrite, Recipe, bar, begin, items_of, load_model, next_step, replaced, tell
 from moa.cli.terminal import terminal
 
 if TYPE_CHECKING:
@@ -26,12 +26,11 @@ def validate(context: typer.Context, recipe: Recipe, overwrite: Overwrite = Fals
     settings = begin(recipe, context.args)
     from moa.files import alone
     from moa.report.spans import write_report
-    from moa.spans.evidence.calibration import load_items
     from moa.spans.evidence.validation import validate as compare
 
     length = settings.validate_length
     fronts = {density: _front(settings.plans(density)) for density in settings.density}
-    items = load_items(settings.held_out_file, length)
+    items = items_of(settings.held_out_file, length, settings.validate_items)
     model, _ = load_model(settings)
     for density, plans in fronts.items():
         folder = settings.plans(density)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from moa.generation import generate_by
 from moa.spans.evidence.conversation import conversation, prompt_tokens, token_ids
 from moa.spans.evidence.items import Item, predicted
 from moa.spans.evidence.sources import Passage, Source
@@ -84,10 +85,13 @@ def calibrate(
         What the items of every length can tell; fewer than asked for when the source has no more texts that long.
 
     Raises:
-        ValueError: a length without any item, no room for a prompt, or a file that was made with another model or
-            other settings.
+        ValueError: a length without any item or beyond the model's context, no room for a prompt, or a file that was
+            made with another model or other settings.
     """
+    context = ModelShape.of(model).context
     for length in lengths:
+        if context is not None and length > context:
+            raise ValueError(f"length {length} is more than the {context} tokens of the model's context")
         if length < 2 * max_new_tokens:
             raise ValueError(f"length {length} leaves less room for the prompt than for {max_new_tokens} new tokens")
     made = {"source": asdict(source), "items": items, "max_new_tokens": max_new_tokens, "lengths": sorted(lengths)}
@@ -181,7 +185,8 @@ def _own(model: Any, tokenizer: Any, passage: Passage, length: int, max_new_toke
     answer = greedy(model, tokenizer, prompt, most)
     known, right = passage.turns[0].answer, None
     if known is not None:
-        right = int(tokenizer.decode(answer, skip_special_tokens=True).strip().startswith(known.strip()))
+        said, known = tokenizer.decode(answer, skip_special_tokens=True).strip(), known.strip()
+        right = int(said.startswith(known) and not said[len(known) : len(known) + 1].isalnum())
     item = Item((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
     return _Answered(item, float(predicted(model, item)[0].mean()), right)
 
@@ -224,7 +229,7 @@ def greedy(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -
         repetition_penalty=1.0,
     )
     ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    output = generate_by(config, model, input_ids=ids, attention_mask=torch.ones_like(ids))
     return output[0, len(prompt) :].tolist()
 
 

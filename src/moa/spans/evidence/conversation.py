@@ -78,7 +78,8 @@ def _written(tokenizer: Any, passage: Passage) -> tuple[str, list[tuple[int, int
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     else:
         text = "\n".join(f"{question}\n{answer}" for question, answer in zip(asked, said, strict=True))
-    places, done = [], len(passage.context)
+    # Facts may stand in the context word by word as they are answered: answers come behind it.
+    places, done = [], max(text.find(passage.context), 0) + len(passage.context)
     for turn, answer in zip(passage.turns, said, strict=True):
         if (found := text.find(answer, done)) < 0:
             raise ValueError(f"the chat template of {type(tokenizer).__name__} leaves out the answer {answer!r}")

@@ -38,7 +38,7 @@ class Measured:
     Attributes:
         loss: mean response loss, in nats.
         accuracy: share of answers all of whose tokens are still the most likely ones.
-        kv_density: kept share of the KV cache.
+        kv_density: kept share of the bytes of the KV cache.
     """
 
     loss: float
@@ -162,7 +162,7 @@ def _measured(
         Measured(
             fmean(float(entry["loss"]) for entry in row),
             sum(entry["kept"] for entry in row) / sum(entry["answers"] for entry in row),
-            1.0 if plan is None else plan.kv_density(length),
+            1.0 if plan is None else plan.kv_share(model, length),
         )
         for plan, row in zip(plans, rows, strict=True)
     ]

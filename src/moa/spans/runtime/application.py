@@ -94,7 +94,7 @@ class AppliedSpans:
             _check_model(plan, self.model)
         modules = attention_modules(self.decoder, self.spans.shape.layers)
         self._check(modules)
-        host = _hosts.attention_implementation(self.decoder.config)
+        host = _host_implementation(self.decoder.config)
         name = attention.register(host)
         for layer, module in enumerate(modules):
             if self.spans.shape.windows[layer] is None:
@@ -111,7 +111,7 @@ class AppliedSpans:
         config = self.decoder.config
         if any(module in attention.SITES for module in modules):
             raise ValueError("a span plan is already applied to this model; remove it first")
-        host = _hosts.attention_implementation(config)
+        host = _host_implementation(config)
         if host not in HOSTS:
             raise ValueError(
                 f"attention implementation {host!r}: a span plan runs on {list(HOSTS)}; "
@@ -147,7 +147,8 @@ class AppliedSpans:
         if len(args) > 1:  # a cache may be among them
             args, kwargs = (), {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         self._refuse_weights(kwargs.get("output_attentions"))
-        self.handover.layer = self.handover.longest = None
+        self._refuse_another(_hosts.attention_implementation(module.config))
+        self.handover.layer = self.handover.read = self.handover.longest = None
         cache = _hosts.cache_of(kwargs)
         if torch.is_grad_enabled():
             return args, kwargs
@@ -165,6 +166,14 @@ class AppliedSpans:
             raise ValueError(
                 "output_attentions=True: under a span plan no attention weights of a whole row exist; ask for them "
                 "without the plan, with attn_implementation='eager'"
+            )
+
+    def _refuse_another(self, implementation: str) -> None:
+        """Another attention function knows nothing of the plan, and would read its caches as ordinary ones."""
+        if implementation != self._names[1]:
+            raise ValueError(
+                f"attention implementation {implementation!r} was set while a span plan is applied, which runs as "
+                f"{self._names[1]!r}; remove the plan, set it, and apply the plan again"
             )
 
     def _prepare(self, original: Any) -> Any:
@@ -186,6 +195,24 @@ class AppliedSpans:
             return result
 
         return prepare
+
+    def alike(self, own: int, longest: int, *, told: bool) -> bool:
+        """Whether a text sees the same beside a longer one in its batch, whose length counts for both, as alone.
+
+        Args:
+            own: tokens that the text reaches.
+            longest: tokens that the longer one reaches.
+            told: as ``generate`` tells it; else the lengths of forwards of whole texts.
+        """
+        alone, beside = (
+            self.spans.at(max(self.length, text) if told else self.spans.reach(self.length, text, text))
+            for text in (own, longest)
+        )
+        return all(
+            min(span, own) == min(other, own)
+            for row, others in zip(alone, beside, strict=True)
+            for span, other in zip(row, others, strict=True)
+        )
 
     def remove(self) -> None:
         """Leave the model as it was before; a second call does nothing."""
@@ -209,6 +236,14 @@ class AppliedSpans:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def applied_to(model: nn.Module) -> AppliedSpans | None:
+    """The plan that a model, or the model in a PEFT model, attends by now; None if there is none."""
+    sites = (attention.SITES.get(module) for module in model.modules())
+    found = next((site.owner for site in sites if site is not None), None)
+    assert found is None or isinstance(found, AppliedSpans)
+    return found
 
 
 def attention_modules(decoder: nn.Module, layers: int) -> list[nn.Module]:
@@ -241,6 +276,11 @@ def uses_interface(module: nn.Module) -> bool:
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return True
     return False
+
+
+def _host_implementation(config: Any) -> str:
+    """What the model attends by without a plan; a copy that was made under one has its name and nothing else of it."""
+    return _hosts.attention_implementation(config).removeprefix(attention.PREFIX)
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -61,7 +61,12 @@ def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
     ) -> tuple[Tensor, Any]:
         site, layer, new = SITES.get(module), None, query.shape[2]
         if site is not None:
-            layer, site.owner.handover.layer = site.owner.handover.layer, None
+            layer = _handed_over(site)
+            if key.shape[1] != (heads := site.owner.spans.shape.kv_heads):
+                raise ValueError(
+                    f"layer {site.layer}: {type(module).__name__} attends to {key.shape[1]} KV heads, where its "
+                    f"configuration has {heads}: spans are per KV head, and cannot tell which is which"
+                )
             if not _dense(site, layer, key, attention_mask):
                 run = kernel(module, host, query.dtype, scaling, dropout, rest)
                 inputs = run, query, key, value, attention_mask
@@ -80,6 +85,24 @@ def _on_top_of(host: str) -> Callable[..., tuple[Tensor, Any]]:
         return result
 
     return forward
+
+
+def _handed_over(site: Site) -> SpanLayer | None:
+    """The cache's layer that has just taken this module's keys; None if they went to none of a plan's.
+
+    Raises:
+        ValueError: the module attends a second time, with keys that no layer of the cache has seen as they are now.
+    """
+    handover = site.owner.handover
+    layer, handover.layer = handover.layer, None
+    if layer is not None:
+        handover.read = site.layer
+    elif handover.read == site.layer:
+        raise ValueError(
+            f"layer {site.layer} attends twice to one set of keys: its model cannot use a cache under a span plan; "
+            "give use_cache=False"
+        )
+    return layer
 
 
 def _text(mask: Any) -> TextMask:

@@ -122,10 +122,12 @@ class Handover(threading.local):
 
     Attributes:
         layer: the layer that took keys last; None once attention has taken it from here.
+        read: the index of the layer whose cache was read last in this forward, None before the first.
         longest: a custom mask, and the tokens of the longest text under it.
     """
 
     layer: SpanLayer | None = None
+    read: int | None = None
     longest: tuple[ReferenceType[Tensor], int] | None = None
 
 
@@ -190,14 +192,22 @@ class SpanLayer(CacheLayerMixin):
 
         Raises:
             RuntimeError: no plan is applied to the model any more; only a plan's attention can read this cache.
+            ValueError: gradients are wanted, which would end here without a word.
         """
         if not self.owner.active:
             raise RuntimeError(
                 "this cache was filled under a span plan that is no longer applied; apply it again, or "
                 "start with a new cache"
             )
+        if key_states.requires_grad or value_states.requires_grad:
+            raise ValueError(
+                f"layer {self.index}: a cache under a span plan takes no keys and values with gradients; go on with "
+                "it under torch.no_grad(), or learn from the whole text without a cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            self._leave_inference_mode()
         new = key_states.shape[-2]
         if not (self.schedule.static and torch.compiler.is_compiling()):
             self.schedule.extend(self.columns + new, new)
@@ -206,6 +216,14 @@ class SpanLayer(CacheLayerMixin):
         if self.rings:
             return key_states, value_states
         return self._append(key_states, value_states)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made inside of it, once: outside, torch changes no such tensor in place."""
+        if self.keys is None or not self.keys.is_inference() or torch.is_inference_mode_enabled():
+            return
+        self.batch_select_indices(torch.arange(len(self.keys)))
+        if self.seen is not None:
+            self.seen = self.seen.clone()
 
     def _fit(self, keys: Tensor, values: Tensor) -> None:
         """Make the storage that the schedule asks for now."""
@@ -270,8 +288,8 @@ class SpanLayer(CacheLayerMixin):
             self.values = _longer(self.values, values, self.columns, self.reserved)
         assert self.keys is not None
         assert self.values is not None
-        self.keys[:, :, self.columns : end] = keys.detach()
-        self.values[:, :, self.columns : end] = values.detach()
+        self.keys[:, :, self.columns : end] = keys
+        self.values[:, :, self.columns : end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def take_in(self, keys: Tensor, values: Tensor, new: int, padding: Padding | None, text: TextMask) -> None:
@@ -284,7 +302,6 @@ class SpanLayer(CacheLayerMixin):
             padding: among them.
             text: of this forward.
         """
-        keys, values = keys.detach(), values.detach()
         before = self.count
         if padding is not None and isinstance(before, int):
             before = torch.full((len(keys),), before, device=keys.device)
