@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import Any
 
@@ -142,11 +143,13 @@ def test_cached_decoding_is_a_full_forward(base: Any, acting: PeftModel, tokens:
     torch.testing.assert_close(*by_steps_and_at_once(acting, tokens), **TOLERANCE)
 
 
-def by_steps_and_at_once(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def by_steps_and_at_once(
+    model: Any, tokens: Tensor, mask: Tensor | None = None, cuts: tuple[int, ...] = (0, 5, 6, 7, 8, 9)
+) -> tuple[Tensor, Tensor]:
     """Logits of several forwards on one cache, and of a single one."""
-    mask = torch.ones_like(tokens)
+    mask = torch.ones_like(tokens) if mask is None else mask
     place, past, steps = positions(model, mask), None, []
-    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+    for start, stop in itertools.pairwise(cuts):
         now = {key: value[:, start:stop] for key, value in place.items()}
         with torch.no_grad():
             out = model(
@@ -158,7 +161,7 @@ def by_steps_and_at_once(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
             )
         past = out.past_key_values
         steps.append(out.logits)
-    return torch.cat(steps, dim=1), logits(model, tokens)
+    return torch.cat(steps, dim=1), logits(model, tokens, mask)
 
 
 def with_preset(family: str, preset: str, **settings: Any) -> PeftModel:
@@ -186,6 +189,19 @@ def test_one_decision_for_the_text_so_far_in_odd_families(family: str, tokens: T
         torch.testing.assert_close(*with_padding_and_alone(model, tokens), **TOLERANCE)
     if family not in ("openai-gpt", "recurrent_gemma", "nemotron_h"):  # no cache, or one that is not exact by itself
         torch.testing.assert_close(*by_steps_and_at_once(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", ["block", "attention"])
+@pytest.mark.parametrize("family", known(["lfm2", "bamba", "olmo_hybrid", "bailing_hybrid", "gemma2"]))
+def test_several_tokens_at_once_go_on_with_one_decision(family: str, stage: str) -> None:
+    """Also in blocks that keep states instead of keys, which call the cache and the mask otherwise."""
+    model = with_preset(family, "instance-moa", router={"input": stage})
+    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    for given in (torch.ones_like(tokens), mask):
+        found, expected = by_steps_and_at_once(model, tokens, given, cuts=(0, 5, 6, 10, 12))
+        torch.testing.assert_close(found[given.bool()], expected[given.bool()], **TOLERANCE)
 
 
 @pytest.mark.skipif("minimax" not in CONFIG_MAPPING, reason="not in this release of transformers")

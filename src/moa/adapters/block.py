@@ -89,40 +89,38 @@ class Mixture(RouterLayer):
         if self._four_bit and self.host.training and torch.is_grad_enabled():
             check_not_packed(self._four_bit, self.index)
         now = self.context.open(hidden, exact=self.host.training or self.split is not None)
-        past = None
         if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)
-            past = _hosts.cache_of(arguments)
+            now.past = _hosts.cache_of(arguments)
             now.tokens, now.starts = text_of(hidden, arguments, self.mask_hides, self.index)
             for group in now.groups or ():
                 group.forward.tokens = None if now.tokens is None else group.of(now.tokens.unsqueeze(-1)).squeeze(-1)
-        self._route(now, hidden, "block", past)
+        self._route(now, hidden, "block")
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self.context.forward
         if now is not None and not now.bypassed:
-            hidden, past = attended(self._parameters_of_attention, args, kwargs)
-            self._route(now, hidden, "attention", past)
+            self._route(now, attended(self._parameters_of_attention, args, kwargs), "attention")
 
-    def _route(self, now: Forward, features: Tensor, stage: str, past: Any) -> None:
+    def _route(self, now: Forward, features: Tensor, stage: str) -> None:
         if now.groups is None:
             for name in self.enabled(self.router):
                 if self.router[name].input == stage:
-                    self._decide(now, name, self._pooled(now, name, features, past))
+                    self._decide(now, name, self._pooled(now, name, features))
             return
         for group in now.groups:
             name = group.adapter
             if name in self.router and self.router[name].input == stage:
-                read = self._pooled(now, name, features, past)  # of all rows, as KV caches move them
+                read = self._pooled(now, name, features)  # of all rows, as KV caches move them
                 with self.context.alone(group) as own:
                     self._decide(own, name, group.input(read))
 
-    def _pooled(self, now: Forward, name: str, features: Tensor, past: Any) -> Tensor:
+    def _pooled(self, now: Forward, name: str, features: Tensor) -> Tensor:
         """What an adapter's router reads of ``features`` (batch, tokens, features)."""
         level = self.router[name].level
         if level == "token":
             return features
-        return pool(features, level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks)
+        return pool(features, level, Text(now.tokens, now.starts), now.past, (self.index, name), self.blocks)
 
     def _decide(self, now: Forward, name: str, read: Tensor) -> None:
         gates: Gates = self(read, name, now.tokens)
@@ -167,12 +165,12 @@ def columns_of(weights: Tensor, dtype: torch.dtype, few: bool) -> Sequence[Gate]
     return weights.view(-1, outputs, 1).unbind(1)
 
 
-def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """What an attention module reads, and its KV cache, given how it was called."""
+def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What an attention module reads, given how it was called."""
     if args:
         kwargs = bound_arguments(parameters, args, kwargs)
     hidden: Tensor = kwargs["hidden_states"]
-    return hidden, _hosts.cache_of(kwargs)
+    return hidden
 
 
 @functools.cache

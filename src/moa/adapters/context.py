@@ -44,6 +44,8 @@ class Forward:
             router is missing.
         tokens: (batch, tokens), True for text, or None if nothing is padded.
         starts: (batch, tokens), True where a new document begins; None: one document per row.
+        past: the KV cache that the block was called with, if a router reads more than a token; attention modules of
+            some hybrids call it otherwise.
         notes: expert -> whatever it saw before its host ran and needs afterwards.
         bypassed: experts leave their hosts' outputs as they are (while prompt keys are computed).
         groups: the rows of each adapter, of which each has a forward of its own; None: all adapters see all rows.
@@ -56,6 +58,7 @@ class Forward:
             "gates",
             "groups",
             "notes",
+            "past",
             "read_input",
             "read_outputs",
             "starts",
@@ -69,6 +72,7 @@ class Forward:
         self.gates: dict[str, Sequence[Gate]] = {}
         self.tokens: Tensor | None = None
         self.starts: Tensor | None = None
+        self.past: Any = None
         self.notes: dict[Any, Any] = {}
         self.bypassed = False
         self.read_input: Tensor | None = None
