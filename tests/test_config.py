@@ -29,6 +29,7 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"experts": [{"kind": "lora", "targets": ["q", "q"]}]}, "twice"),
     ({"experts": [{"kind": "parallel", "size": -1}]}, "size=-1"),
     ({"experts": [{"kind": "parallel", "activation": "sillu"}]}, "did you mean 'silu'"),
+    ({"experts": [{"kind": "parallel", "activation": "prelu"}]}, "activation='prelu' is not one of"),
     ({"experts": [{"kind": "prompt", "length": 0}]}, "length=0"),
     ({"experts": [{"kind": "lora", "copies": 0}]}, "copies: number=0"),
     ({"experts": [{"kind": "lora", "copies": {"number": 2, "gating": {"kind": "topk", "k": 3}}}]}, "k=3"),
