@@ -387,6 +387,58 @@ def test_after_deleting_the_first_adapter_the_second_acts():
     assert torch.equal(logits(model), before)
 
 
+RESCALED = [moa.LoraExpert(["k", "v", "down"], r=2), moa.Ia3Expert()]
+
+
+@pytest.mark.parametrize(
+    ("before", "experts"),
+    [
+        ([moa.Ia3Expert()], RESCALED),
+        ([moa.Ia3Expert(["v"]), moa.LoraExpert(["q"], r=2)], RESCALED),
+        ([moa.AdapterExpert(4)], [moa.PromptExpert(3), moa.AdapterExpert(4), moa.LoraExpert(["o"], r=2)]),
+    ],
+)
+def test_an_adapter_is_what_it_is_alone_whatever_came_before_it(before, experts):
+    model = tiny_moa(tiny_config(experts=before))
+    model.add_adapter("second", tiny_config(experts=experts))
+    perturb(model.eval(), 2, "second").set_adapter("second")
+    alone = perturb(tiny_moa(tiny_config(experts=experts), adapter="second"), 2, "second")
+    assert torch.equal(logits(model), logits(alone))
+
+
+def test_an_adapter_that_is_added_while_others_are_switched_off_is_off_too():
+    model = tiny_moa(tiny_config(experts=[moa.LoraExpert(["q"], r=2)]))
+    with model.disable_adapter():
+        model.add_adapter("second", tiny_config())
+        perturb(model.eval(), 2, "second").base_model.set_adapter("second")
+        assert torch.equal(logits(model), logits(tiny_llama()))
+        assert model.get_model_status().enabled is False
+    alone = perturb(tiny_moa(adapter="second"), 2, "second")
+    assert torch.equal(logits(model), logits(alone))
+
+
+@pytest.mark.parametrize(
+    ("saved", "config"),
+    [
+        (["q_proj"], {}),
+        (["mlp"], {}),
+        (["layers.1"], {}),
+        (["lm_head", "self_attn"], {"experts": [moa.ParallelExpert(4)], "router": moa.Router(input="attention")}),
+    ],
+)
+def test_modules_that_are_part_of_a_mixture_are_not_saved_beside_it(saved, config):
+    base = tiny_llama()
+    before = anatomy(base)
+    with pytest.raises(ValueError, match=r"modules_to_save=.*layers\.\d\S* has experts or is read by a router"):
+        get_peft_model(base, tiny_config(modules_to_save=saved, **config))
+    assert anatomy(base) == before
+    model = tiny_moa()
+    expected = logits(model)
+    with pytest.raises(ValueError, match="has experts or is read by a router"):
+        model.add_adapter("second", tiny_config(experts=[moa.LoraExpert(["o"], r=2)], modules_to_save=["q_proj"]))
+    assert torch.equal(logits(model), expected)
+
+
 def test_mixed_peft_models_are_refused():
     with pytest.raises(ValueError, match="MOA"):
         get_peft_model(tiny_llama(), tiny_config(), mixed=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
 from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
+from moa.adapters.experts.base import column_position
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
 from moa.adapters.members import mixtures_of
@@ -64,6 +65,7 @@ class MoAModel(BaseTuner):
         self._plans: dict[str, tuple[BlockView, BlockPlan]] = {
             name: (view, plan_block(peft_config, view, family)) for name, view in self._views.items()
         }
+        check_saved(model, peft_config, self._plans.values())
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._plans
@@ -96,6 +98,10 @@ class MoAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 inference_mode=peft_config.inference_mode,
             )
+        if mixture.disable_adapters:  # what is new to the block joins those that are switched off
+            for layer in mixture.host.modules():
+                if isinstance(layer, TunerLayer):
+                    layer.enable_adapters(False)
         share_inputs(mixture)
         if any(_hides_children(placement.host.module) for placement in plan.placements):
             mixture.keep(mixture.host.register_state_dict_post_hook(_add_hidden))
@@ -108,6 +114,7 @@ class MoAModel(BaseTuner):
             layer = EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context)
             layer.role = placement.role
             parent.add_module(child, layer)
+            put_in_order(parent)
         return _hosts.children(parent)[child]  # type: ignore[return-value]
 
     @classmethod
@@ -199,6 +206,40 @@ def share_inputs(mixture: Mixture) -> None:
                 layer.readers = together
             if roles[0] == "q" and width == mixture.in_features:
                 mixture.beside = together
+
+
+def check_saved(model: nn.Module, config: MoAConfig, plans: Iterable[tuple[BlockView, BlockPlan]]) -> None:
+    """Refuse to save modules in full that have a part of a mixture: PEFT would copy it with them, out of its block.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    saved = tuple(config.modules_to_save or ())
+    parts = {id(module) for module in model.modules() if isinstance(module, TunerLayer)}
+    for view, plan in plans:
+        parts |= {id(module) for p in plan.placements for module in (p.host.module, p.host.source)}
+        if config.router is not None and config.router.input == "attention":
+            parts.add(id(view.attention))
+    for name, module in model.named_modules():
+        if name.endswith(saved) and any(id(part) in parts for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save={list(saved)}: {name} has experts or is read by a router, and cannot be trained in "
+                "full beside them. Name modules outside of the mixture, such as 'lm_head' or 'embed_tokens', or give "
+                "the mixture other places"
+            )
+
+
+def put_in_order(host: nn.Module) -> None:
+    """Let the experts at one host act in the order of their gate columns, whichever adapter came first.
+
+    What rescales an output does so after everything that adds to it.
+    """
+    children = _hosts.children(host)
+    layers = [(name, child) for name, child in children.items() if isinstance(child, ExpertLayer)]
+    for name, layer in sorted(layers, key=lambda named: column_position(named[1].site)):
+        layer.detach()
+        layer.hook()
+        children[name] = children.pop(name)
 
 
 def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:
