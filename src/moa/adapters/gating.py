@@ -85,7 +85,7 @@ class Gating:
         return mean.detach(), mean
 
     def of_few(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
-        """As a call, for a few tokens on a CPU: a rule that sorts is faster on numbers than on tensors there."""
+        """As a call, for few float32 tokens on a CPU: a rule that sorts is faster on numbers than on tensors there."""
         shape, thresholds = logits.shape, [None] * logits.shape[:-1].numel()
         if threshold_logit is not None:
             thresholds = threshold_logit.flatten().tolist()

@@ -155,7 +155,7 @@ class RouterLayer(Attached):
         if now is not None and now.few:
             logits = logits.view(*features.shape[:-1], -1)
             threshold = None if threshold is None else threshold.view(*features.shape[:-1], 1)
-            if gating.selects and logits.device.type == "cpu":
+            if gating.selects and logits.device.type == "cpu" and logits.dtype is torch.float32:
                 return gating.of_few(logits, threshold)
         gates = gating(logits, threshold)
         if self.training and gating.has_auxiliary_loss:
