@@ -17,7 +17,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import (
     adapter_tensors,
@@ -376,6 +376,22 @@ def test_a_deleted_adapter_leaves_nothing():
     dicts = [(name, value) for layer in layers for name, value in layer.items() if isinstance(value, dict)]
     assert not [name for name, value in dicts if "second" in value]
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="this PEFT saves without asking")
+@pytest.mark.parametrize("name", ["0", "mlp", "mixture", "moa_A"])
+def test_nothing_is_lost_beside_an_adapter_that_is_called_what_a_module_is(name, tmp_path):
+    """PEFT tells tensors of other adapters by their names."""
+    model = tiny_moa()
+    model.save_pretrained(tmp_path / "alone")
+    model.add_adapter(name, tiny_config())
+    with pytest.raises(ValueError, match=f"'default' cannot be saved beside one that is called '{name}'"):
+        model.save_pretrained(tmp_path / "beside", selected_adapters=["default"])
+    model.save_pretrained(tmp_path / "beside", selected_adapters=[name])
+    model.delete_adapter(name)
+    model.save_pretrained(tmp_path / "after")
+    alone, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("alone", "after"))
+    assert same(alone, after)
 
 
 def test_after_deleting_the_first_adapter_the_second_acts():

@@ -130,6 +130,30 @@ class MoAModel(BaseTuner):
         check_tensors(model, adapter_name, remapped)
         return remapped
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, of a ``state_dict`` from which it has taken whatever has another adapter's name in its own.
+
+        Raises:
+            ValueError: that were tensors of this adapter, too.
+        """
+        for name in (name for name, _ in model.named_parameters() if _of_adapter(adapter_name).search(name)):
+            clash = next((other for other in unwanted_adapter_names if f".{other}." in f"{name}."), None)
+            if clash is not None and name not in state_dict:
+                raise ValueError(
+                    f"the adapter {adapter_name!r} cannot be saved beside one that is called {clash!r}: PEFT would "
+                    f"leave out tensors that have this in their names, e.g. {name}. Delete {clash!r} from this model "
+                    "first, or load it under another name"
+                )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_MESSAGE)
 
@@ -242,13 +266,18 @@ def put_in_order(host: nn.Module) -> None:
         children[name] = children.pop(name)
 
 
+def _of_adapter(adapter: str) -> re.Pattern[str]:
+    """What the names of an adapter's tensors have in them; an adapter may be called what a module is called."""
+    return re.compile(rf"\.moa_\w+\.{re.escape(adapter)}\.")
+
+
 def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:
     """Compare ``given``, named as in ``model``, with the adapter's own tensors.
 
     Raises:
         ValueError: naming the first tensors that are missing, unknown, or of another shape.
     """
-    own = re.compile(rf"\.moa_\w+\.{re.escape(adapter)}\.")  # an adapter may be called what a module is called
+    own = _of_adapter(adapter)
     expected = {name: t for name, t in model.state_dict().items() if own.search(name)}
     theirs = {name: t for name, t in given.items() if ".moa_" in name}
     for name, tensor in theirs.items():
