@@ -448,11 +448,29 @@ def test_modules_that_are_part_of_a_mixture_are_not_saved_beside_it(saved, confi
     with pytest.raises(ValueError, match=r"modules_to_save=.*layers\.\d\S* has experts or is read by a router"):
         get_peft_model(base, tiny_config(modules_to_save=saved, **config))
     assert anatomy(base) == before
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lmhead'\]: no module's path ends with"):
+        get_peft_model(base, tiny_config(modules_to_save=["lmhead"]))
     model = tiny_moa()
     expected = logits(model)
     with pytest.raises(ValueError, match="has experts or is read by a router"):
         model.add_adapter("second", tiny_config(experts=[moa.LoraExpert(["o"], r=2)], modules_to_save=["q_proj"]))
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["a.b", "__base__"])
+def test_a_name_that_no_adapter_can_have_is_refused(name):
+    model = tiny_moa()
+    before, expected = anatomy(model), logits(model)
+    with pytest.raises(ValueError, match=re.escape(f"adapter_name={name!r} must be a word without dots")):
+        model.add_adapter(name, tiny_config(**OTHER))
+    assert anatomy(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def test_gates_of_an_adapter_that_is_not_there_are_refused():
+    message = r"gate_values: there is no adapter 'second'; there are \['default'\]"
+    with pytest.raises(ValueError, match=message), moa.gate_values(tiny_moa(), "second"):
+        pass
 
 
 def test_mixed_peft_models_are_refused():

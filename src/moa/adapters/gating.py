@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from moa.choices import check_choice, check_range
+from moa.choices import check_choice, check_flag, check_range
 
 
 class Gates(NamedTuple):
@@ -177,6 +177,8 @@ class Threshold(Gating):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("threshold gating: gamma_max", self.gamma_max, low=0, high=1, open_low=True)
+        check_flag("threshold gating: constant", self.constant)
+        check_flag("threshold gating: renormalise", self.renormalise)
         check_choice("threshold gating: train_threshold", self.train_threshold, list(ESTIMATORS))
         check_choice("threshold gating: score", self.score, ["sigmoid", "softmax"])
 

@@ -23,7 +23,7 @@ from moa.adapters.experts.base import column_position
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
 from moa.adapters.members import mixtures_of
-from moa.adapters.mixed_batch import read_names, tell_wrappers
+from moa.adapters.mixed_batch import BASE, read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 from moa.adapters.unsloth import refuse_unsloth
@@ -44,6 +44,7 @@ class MoAModel(BaseTuner):
         and saved of it is what this model can host.
         """
         refuse_unsloth(model)
+        check_name(adapter_name)
         kwargs["state_dict"] = None
         self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)
@@ -232,11 +233,17 @@ def share_inputs(mixture: Mixture) -> None:
                 mixture.beside = together
 
 
+def check_name(adapter: Any) -> None:
+    """Raise ValueError unless PEFT can find, save and load an adapter by its name."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter or adapter == BASE:
+        raise ValueError(f"adapter_name={adapter!r} must be a word without dots, and not {BASE!r}, which is no adapter")
+
+
 def check_saved(model: nn.Module, config: MoAConfig, plans: Iterable[tuple[BlockView, BlockPlan]]) -> None:
     """Refuse to save modules in full that have a part of a mixture: PEFT would copy it with them, out of its block.
 
     Raises:
-        ValueError: naming the module.
+        ValueError: naming the module; or there is none of these names.
     """
     saved = tuple(config.modules_to_save or ())
     parts = {id(module) for module in model.modules() if isinstance(module, TunerLayer)}
@@ -244,6 +251,8 @@ def check_saved(model: nn.Module, config: MoAConfig, plans: Iterable[tuple[Block
         parts |= {id(module) for p in plan.placements for module in (p.host.module, p.host.source)}
         if config.router is not None and config.router.input == "attention":
             parts.add(id(view.attention))
+    if saved and not any(name.endswith(saved) for name, _ in model.named_modules()):
+        raise ValueError(f"modules_to_save={list(saved)}: no module's path ends with one of these names")
     for name, module in model.named_modules():
         if name.endswith(saved) and any(id(part) in parts for part in module.modules()):
             raise ValueError(

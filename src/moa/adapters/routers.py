@@ -21,7 +21,7 @@ from moa.adapters.gating import Gates, Gating
 from moa.adapters.low_rank import read
 from moa.adapters.sharding import Split
 from moa.adapters.tuner import Attached
-from moa.choices import check_choice, check_range
+from moa.choices import check_choice, check_flag, check_range
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Router:
 
     def __post_init__(self) -> None:
         check_range("router: hidden_per_expert", self.hidden_per_expert, low=0, whole=True)
+        check_flag("router: bias", self.bias)
         check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
         check_choice("router: input", self.input, ["block", "attention"])
         if self.initial_logit is None:
