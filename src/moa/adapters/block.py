@@ -54,6 +54,8 @@ class Mixture(RouterLayer):
         self.auxiliary: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
+        kinds = [type(child).__name__ for child in view.module.children()]
+        self._streams_first = any("AltUp" in kind for kind in kinds)  # residual streams, in each of which are all rows
         self._four_bit = tuple(four_bit_layers(view.module))
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []
@@ -88,7 +90,8 @@ class Mixture(RouterLayer):
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
         if self._four_bit and self.host.training and torch.is_grad_enabled():
             check_not_packed(self._four_bit, self.index)
-        now = self.context.open(hidden, exact=self.host.training or self.split is not None)
+        rows = hidden[0] if self._streams_first else hidden
+        now = self.context.open(rows, exact=self.host.training or self.split is not None)
         if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)
             now.past = _hosts.cache_of(arguments)

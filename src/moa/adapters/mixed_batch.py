@@ -6,6 +6,7 @@ Every adapter that is named gets the rows that name it, and works on them as if 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -137,7 +138,7 @@ def read_names(names: Any, known: Sequence[str], given: Tensor | None, training:
 
 @contextmanager
 def tell_wrappers(model: nn.Module, names: Names) -> Iterator[None]:
-    """Let PEFT's wrappers of ``modules_to_save`` and of trainable tokens know the names of rows inside."""
+    """Let PEFT's wrappers of ``modules_to_save`` and of trainable tokens know the names of this thread's rows inside."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [module.register_forward_pre_hook(_hook(module, names), with_kwargs=True) for module in wrappers]
     try:
@@ -148,9 +149,11 @@ def tell_wrappers(model: nn.Module, names: Names) -> Iterator[None]:
 
 
 def _hook(wrapper: nn.Module, names: Names) -> Callable[..., Any]:
-    own = _hosts.adapters_of_wrapper(wrapper)
+    own, thread = _hosts.adapters_of_wrapper(wrapper), threading.get_ident()
 
     def name_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None
         rows = [name if name in own else BASE for name in names.of_rows(len(args[0]))]
         return args, kwargs | {"adapter_names": rows}
 

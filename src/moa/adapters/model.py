@@ -54,8 +54,10 @@ class MoAModel(BaseTuner):
             mixtures[0].keep(model.register_forward_hook(_follow_loss, with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, which PEFT calls past its hooks."""
-        return _follow_loss(self, args, kwargs, super().forward(*args, **kwargs))
+        """As the base model's, which PEFT calls past its hooks, and in MPT's case without having read adapter_names."""
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
+            return _follow_loss(self, args, kwargs, super().forward(*args, **kwargs))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
