@@ -204,6 +204,27 @@ def test_several_tokens_at_once_go_on_with_one_decision(family: str, stage: str)
         torch.testing.assert_close(found[given.bool()], expected[given.bool()], **TOLERANCE)
 
 
+@pytest.mark.parametrize("family", known(["falcon_h1", "lfm2", "gemma2"]))
+def test_a_static_cache_of_unlike_layers_keeps_one_decision(family: str, tokens: Tensor) -> None:
+    """Whose masks are made after the first layer of full attention, which what routers remember is not."""
+    model = with_preset(family, "instance-moa")
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = model.generate(input_ids=tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(input_ids=tokens, cache_implementation="static", **settings), expected)
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="not in this release of transformers")
+def test_one_decision_where_blocks_are_run_on_the_last_tokens_alone_is_refused() -> None:
+    """As Gemma 4's are that take keys from earlier ones: a text's mean would be that of its last token."""
+    types = ["sliding_attention", "full_attention"] * 2
+    settings = {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "layer_types": types}
+    config = moa.MoAConfig(experts=[moa.LoraExpert(["q", "o"])], router=moa.Router(level="instance"))
+    with pytest.raises(ValueError, match=r"block 3 of gemma4_text .*layers_to_transform=\[0, 1, 2\]"):
+        get_peft_model(build_decoder("gemma4_text", settings), config)
+    config.layers_to_transform = [0, 1, 2]
+    get_peft_model(build_decoder("gemma4_text", settings), config)
+
+
 @pytest.mark.skipif("minimax" not in CONFIG_MAPPING, reason="not in this release of transformers")
 def test_a_cache_with_layers_of_its_own_is_refused_at_instance_level(tokens: Tensor) -> None:
     model = with_preset("minimax", "instance-moa")

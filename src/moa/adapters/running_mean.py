@@ -34,7 +34,7 @@ class Sums(NamedTuple):
         return self if beyond <= 0 else Sums(self.sums[:, : max(self.sums.shape[1] - beyond, 0)], end)
 
 
-class RunningMeans:
+class RunningMeans(_hosts.LAYER_WITHOUT_KEYS):  # type: ignore[misc]
     """A layer of a KV cache that holds no keys but what instance-level routers remember, by block and adapter.
 
     It has what transformers asks of any layer.
