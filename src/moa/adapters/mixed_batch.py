@@ -138,7 +138,7 @@ def read_names(names: Any, known: Sequence[str], given: Tensor | None, training:
 
 @contextmanager
 def tell_wrappers(model: nn.Module, names: Names) -> Iterator[None]:
-    """Let PEFT's wrappers of ``modules_to_save`` and of trainable tokens know the names of this thread's rows inside."""
+    """Inside, let PEFT's wrappers of ``modules_to_save`` and trainable tokens know the names of this thread's rows."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [module.register_forward_pre_hook(_hook(module, names), with_kwargs=True) for module in wrappers]
     try:
