@@ -117,7 +117,7 @@ class MoAModel(BaseTuner):
             layer = EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context)
             layer.role = placement.role
             parent.add_module(child, layer)
-            put_in_order(parent)
+            put_in_order(parent, layer)
         return _hosts.children(parent)[child]  # type: ignore[return-value]
 
     @classmethod
@@ -264,17 +264,17 @@ def check_saved(model: nn.Module, config: MoAConfig, plans: Iterable[tuple[Block
             )
 
 
-def put_in_order(host: nn.Module) -> None:
+def put_in_order(host: nn.Module, new: ExpertLayer) -> None:
     """Let the experts at one host act in the order of their gate columns, whichever adapter came first.
 
     What rescales an output does so after everything that adds to it.
     """
-    children = _hosts.children(host)
-    layers = [(name, child) for name, child in children.items() if isinstance(child, ExpertLayer)]
-    for name, layer in sorted(layers, key=lambda named: column_position(named[1].site)):
-        layer.detach()
-        layer.hook()
-        children[name] = children.pop(name)
+    children, place = _hosts.children(host), column_position(new.site)
+    for name, layer in list(children.items()):
+        if isinstance(layer, ExpertLayer) and column_position(layer.site) > place:
+            layer.detach()
+            layer.hook()
+            children[name] = children.pop(name)
 
 
 def _of_adapter(adapter: str) -> re.Pattern[str]:
