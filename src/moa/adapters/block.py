@@ -37,10 +37,13 @@ class Mixture(RouterLayer):
         columns: adapter -> names of its gate columns.
         column_outputs: adapter -> for every column, which of the router's outputs it is.
         auxiliary: adapter -> whether this router, or one over an expert's copies, has an auxiliary loss.
+        follows: adapter -> whether that is so in any block of the model, whose loss is then followed.
         beside: experts that read what attention reads, and are served when a router reads it too.
     """
 
-    other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs", "auxiliary")
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        *("gating", "router", "columns", "column_outputs", "auxiliary", "follows"),
+    )
 
     def __init__(self, view: BlockView, blocks: int):
         super().__init__(view.module, view.hidden_size, BlockContext(), view.split)
@@ -52,6 +55,7 @@ class Mixture(RouterLayer):
         self.columns: dict[str, list[str]] = {}
         self.column_outputs: dict[str, list[int]] = {}
         self.auxiliary: dict[str, bool] = {}
+        self.follows: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
         kinds = [type(child).__name__ for child in view.module.children()]

@@ -50,7 +50,10 @@ class MoAModel(BaseTuner):
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         mixtures = mixtures_of(model)
-        if mixtures and mixtures[0].auxiliary.get(adapter_name):  # for whoever calls the model and not its PeftModel
+        follows = any(mixture.auxiliary[adapter_name] for mixture in mixtures)
+        for mixture in mixtures:
+            mixture.follows[adapter_name] = follows
+        if follows:  # for whoever calls the model and not its PeftModel
             mixtures[0].keep(model.register_forward_hook(_follow_loss, with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +203,7 @@ def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: 
     """A forward hook: lets auxiliary losses, if there are any, follow what the model's loss is multiplied by."""
     if module.training and torch.is_grad_enabled():
         mixture = next((m for m in module.modules() if isinstance(m, Mixture)), None)
-        if mixture is not None and any(mixture.auxiliary[name] for name in mixture.enabled(mixture.auxiliary)):
+        if mixture is not None and any(mixture.follows[name] for name in mixture.enabled(mixture.follows)):
             follow_loss(outputs, kwargs)
     return outputs
 
