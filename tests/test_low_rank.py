@@ -430,3 +430,26 @@ def test_nothing_of_full_width_is_kept_for_an_update(family: str, dtype: torch.d
     own = {p.data_ptr() for p in model.parameters()} | {x.data_ptr()}
     others = [tuple(t.shape) for t in kept if t.data_ptr() not in own and t.shape != layer.weight.T.shape]
     assert all(2 in shape for shape in others), others
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__", "default"]], ids=["alone", "mixed batch"])
+def test_a_look_at_a_projection_without_gradients_takes_none_away(names: list[str] | None) -> None:
+    """A hook that logs what queries are, say, before attention computes them with gradients."""
+    model = adapted(router=moa.Router(input="block"))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(TOKENS, use_cache=False, adapter_names=names).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def look(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            attention.q_proj(kwargs["hidden_states"])
+
+    expected = gradients()
+    for block in model.get_base_model().model.layers:
+        block.self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

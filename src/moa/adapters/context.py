@@ -59,6 +59,7 @@ class Forward:
             "groups",
             "notes",
             "past",
+            "read_for_gradients",
             "read_input",
             "read_outputs",
             "starts",
@@ -76,6 +77,7 @@ class Forward:
         self.notes: dict[Any, Any] = {}
         self.bypassed = False
         self.read_input: Tensor | None = None
+        self.read_for_gradients = False
         self.read_outputs: dict[Reader, list[Tensor]] = {}
         self.wide_input: tuple[Tensor, Tensor] | None = None
         self.groups: list[Group[Forward]] | None = None
@@ -121,8 +123,9 @@ class Forward:
             readers: all who are likely to read this very tensor; they will find their part here.
             dtype: to compute in.
         """
-        if self.read_input is not x:
-            self.read_input, self.read_outputs = x, {}
+        if self.read_input is not x or self.read_for_gradients is not torch.is_grad_enabled():
+            self.read_input, self.read_outputs = x, {}  # or somebody has looked on without gradients before
+            self.read_for_gradients = torch.is_grad_enabled()
         if reader not in self.read_outputs:
             outputs = iter(read(x, [matrix for _, matrices in readers for matrix in matrices], dtype))
             self.read_outputs |= {key: [next(outputs) for _ in matrices] for key, matrices in readers}
