@@ -39,12 +39,13 @@ class Group(Generic[F]):
         self.rows = rows
         self.batch = batch
         self.forward = forward
-        self._last: tuple[Tensor, bool, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[bool, int], Tensor] | None = None
 
     def input(self, x: Tensor) -> Tensor:
         """`of`; for the same tensor the same answer, by which experts see that they read one input."""
-        if self._last is None or self._last[0] is not x or self._last[1] is not torch.is_grad_enabled():
-            self._last = (x, torch.is_grad_enabled(), self.of(x))
+        state = (torch.is_grad_enabled(), _hosts.version(x))
+        if self._last is None or self._last[0] is not x or self._last[1] != state:
+            self._last = (x, state, self.of(x))
         return self._last[2]
 
     def of(self, x: Tensor) -> Tensor:
