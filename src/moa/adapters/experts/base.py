@@ -87,7 +87,7 @@ class ExpertConfig:
     """What every kind of expert can be told.
 
     Attributes:
-        layers: numbers of the blocks that get this expert; None: all.
+        layers: numbers of the blocks that get this expert, one or a list; None: all.
         gate: share one gate among all sites of experts with the same ``gate`` name; None: a gate for every site.
         copies: a number, or a `Copies` (or dict) with details.
         optional: leave out, with a warning, what a model cannot host, instead of refusing the whole configuration.
