@@ -11,8 +11,10 @@ from peft import get_peft_model
 from tiny import perturb, tiny_llama, tiny_moa
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+from transformers.activations import ACT2FN
 
 import moa
+from moa.adapters.experts.adapter import ACTIVATIONS
 from moa.adapters.members import experts_of, mixtures_of
 from moa.inspection.similarity import similarity
 from moa.studies.methods import Method
@@ -135,3 +137,11 @@ def test_the_official_code_has_none():
 def test_refuses_what_it_cannot_be(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         moa.AdapterExpert(**fields)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_have_no_weights_that_nobody_would_save(name: str):
+    activation = ACT2FN[name]
+    assert not [*getattr(activation, "parameters", list)()]
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert activation(x.bfloat16()).dtype == torch.bfloat16

@@ -28,6 +28,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "experts": [LoraExpert(["q"], copies=Copies(3, gating=Softmax(balance=0.7, z_loss=0.3)))],
         "router": None,
     },
+    "block but not the first": {
+        "gating": Soft(balance=0.7, z_loss=0.3),
+        "router": Router(hidden_per_expert=0),
+        "layers_to_transform": [1],
+    },
+    "copies but not in the first block": {
+        "experts": [
+            LoraExpert(["q"], layers=[0]),
+            LoraExpert(["v"], layers=[1], copies=Copies(3, gating=Softmax(balance=0.7, z_loss=0.3))),
+        ],
+        "router": None,
+    },
 }
 # The z-loss alone is a mean over tokens: it is the same for a batch and, on average, for its parts.
 LINEAR: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import Any
 
@@ -142,11 +143,13 @@ def test_cached_decoding_is_a_full_forward(base: Any, acting: PeftModel, tokens:
     torch.testing.assert_close(*by_steps_and_at_once(acting, tokens), **TOLERANCE)
 
 
-def by_steps_and_at_once(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def by_steps_and_at_once(
+    model: Any, tokens: Tensor, mask: Tensor | None = None, cuts: tuple[int, ...] = (0, 5, 6, 7, 8, 9)
+) -> tuple[Tensor, Tensor]:
     """Logits of several forwards on one cache, and of a single one."""
-    mask = torch.ones_like(tokens)
+    mask = torch.ones_like(tokens) if mask is None else mask
     place, past, steps = positions(model, mask), None, []
-    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+    for start, stop in itertools.pairwise(cuts):
         now = {key: value[:, start:stop] for key, value in place.items()}
         with torch.no_grad():
             out = model(
@@ -158,7 +161,7 @@ def by_steps_and_at_once(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
             )
         past = out.past_key_values
         steps.append(out.logits)
-    return torch.cat(steps, dim=1), logits(model, tokens)
+    return torch.cat(steps, dim=1), logits(model, tokens, mask)
 
 
 def with_preset(family: str, preset: str, **settings: Any) -> PeftModel:
@@ -186,6 +189,40 @@ def test_one_decision_for_the_text_so_far_in_odd_families(family: str, tokens: T
         torch.testing.assert_close(*with_padding_and_alone(model, tokens), **TOLERANCE)
     if family not in ("openai-gpt", "recurrent_gemma", "nemotron_h"):  # no cache, or one that is not exact by itself
         torch.testing.assert_close(*by_steps_and_at_once(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", ["block", "attention"])
+@pytest.mark.parametrize("family", known(["lfm2", "bamba", "olmo_hybrid", "bailing_hybrid", "gemma2"]))
+def test_several_tokens_at_once_go_on_with_one_decision(family: str, stage: str) -> None:
+    """Also in blocks that keep states instead of keys, which call the cache and the mask otherwise."""
+    model = with_preset(family, "instance-moa", router={"input": stage})
+    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    for given in (torch.ones_like(tokens), mask):
+        found, expected = by_steps_and_at_once(model, tokens, given, cuts=(0, 5, 6, 10, 12))
+        torch.testing.assert_close(found[given.bool()], expected[given.bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", known(["falcon_h1", "lfm2", "gemma2"]))
+def test_a_static_cache_of_unlike_layers_keeps_one_decision(family: str, tokens: Tensor) -> None:
+    """Whose masks are made after the first layer of full attention, which what routers remember is not."""
+    model = with_preset(family, "instance-moa")
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = model.generate(input_ids=tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(input_ids=tokens, cache_implementation="static", **settings), expected)
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="not in this release of transformers")
+def test_one_decision_where_blocks_are_run_on_the_last_tokens_alone_is_refused() -> None:
+    """As Gemma 4's are that take keys from earlier ones: a text's mean would be that of its last token."""
+    types = ["sliding_attention", "full_attention"] * 2
+    settings = {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "layer_types": types}
+    config = moa.MoAConfig(experts=[moa.LoraExpert(["q", "o"])], router=moa.Router(level="instance"))
+    with pytest.raises(ValueError, match=r"block 3 of gemma4_text .*layers_to_transform=\[0, 1, 2\]"):
+        get_peft_model(build_decoder("gemma4_text", settings), config)
+    config.layers_to_transform = [0, 1, 2]
+    get_peft_model(build_decoder("gemma4_text", settings), config)
 
 
 @pytest.mark.skipif("minimax" not in CONFIG_MAPPING, reason="not in this release of transformers")

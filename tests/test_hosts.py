@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import moa
 from moa import _hosts
+from moa.adapters.running_mean import RunningMeans
 
 
 def test_children_and_parameters_are_the_modules_own():
@@ -216,3 +217,10 @@ def test_the_cache_that_a_model_is_called_with_is_found_under_its_name():
     assert _hosts.cache_of({"hidden_states": 0}) is None
     with pytest.raises(ValueError, match=r"Linear\.forward takes no KV cache.*'input'"):
         _hosts.name_of_cache(nn.Linear(1, 1).forward)
+
+
+def test_a_layer_that_keeps_no_keys_is_known_as_one():
+    cache = DynamicCache()
+    cache.layers.append(RunningMeans(is_sliding=False))
+    if hasattr(cache, "is_dummy"):  # older releases do not look
+        assert cache.is_dummy == [True]

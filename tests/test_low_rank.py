@@ -430,3 +430,64 @@ def test_nothing_of_full_width_is_kept_for_an_update(family: str, dtype: torch.d
     own = {p.data_ptr() for p in model.parameters()} | {x.data_ptr()}
     others = [tuple(t.shape) for t in kept if t.data_ptr() not in own and t.shape != layer.weight.T.shape]
     assert all(2 in shape for shape in others), others
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__", "default"]], ids=["alone", "mixed batch"])
+def test_a_look_at_a_projection_without_gradients_takes_none_away(names: list[str] | None) -> None:
+    """A hook that logs what queries are, say, before attention computes them with gradients."""
+    model = adapted(router=moa.Router(input="block"))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(TOKENS, use_cache=False, adapter_names=names).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def look(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            attention.q_proj(kwargs["hidden_states"])
+
+    expected = gradients()
+    for block in model.get_base_model().model.layers:
+        block.self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("names", [False, True], ids=["alone", "mixed batch"])
+def test_what_a_hook_changes_in_place_is_what_experts_read(dtype: torch.dtype, rows: int, names: bool) -> None:
+    """As if it had put another tensor there."""
+    fields = mixture(router=moa.Router(input="attention"))
+    model = randomise(get_peft_model(build_family("llama", dtype=dtype), moa.MoAConfig(**fields)))
+    ids = TOKENS[:1].repeat(rows, 1)
+    expected, found = (
+        hooked(model, ids, steer, ["default"] * rows if names else None) for steer in (steered, steered_in_place)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, hooked(model, ids, lambda x: x, None), atol=0.1)
+
+
+def steered(x: Tensor) -> Tensor:
+    return x + 0.7
+
+
+def steered_in_place(x: Tensor) -> Tensor:
+    return x.add_(0.7)
+
+
+def hooked(model: PeftModel, ids: Tensor, steer: Any, names: list[str] | None) -> Tensor:
+    """Logits while something is done to what attention reads, after the router has."""
+
+    def before(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"hidden_states": steer(kwargs["hidden_states"])}
+
+    blocks = model.get_base_model().model.layers
+    handles = [block.self_attn.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False, adapter_names=names).logits
+    for handle in handles:
+        handle.remove()
+    return logits

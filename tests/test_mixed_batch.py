@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
-from families import build_family
+from families import DECODERS, FAMILIES, build_decoder, build_family
 from peft import get_peft_model
 from tiny import adapter_tensors, gradients, logits, padded, perturb, tiny_config, tiny_llama, tokens
 
@@ -95,10 +96,13 @@ def test_a_padded_batch_generates_what_its_rows_do():
     assert torch.equal(model.generate(**batch, **settings, adapter_names=NAMES), expected)
 
 
-@pytest.mark.filterwarnings("ignore:mixtral cannot host")
-@pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "qwen3", "mixtral", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore:(mixtral|mpt) cannot host")
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "qwen3", "mixtral", "gpt_neox", "mpt", "gemma3n_text"])
 def test_in_other_families(family):
-    model = get_peft_model(build_family(family), moa.preset("soft-moa", r=2))
+    """PEFT hands MPT's names on without reading them; Gemma 3n's blocks read all rows in several streams."""
+    decoder = DECODERS[family]
+    base = build_family(family) if family in FAMILIES else build_decoder(family, decoder.settings)
+    model = get_peft_model(base, moa.preset("soft-moa", r=2, **decoder.overrides))
     model.add_adapter("second", moa.preset("sparse-moa", r=3))
     perturb(model.eval())
     perturb(model, 2, "second")
@@ -174,6 +178,32 @@ def test_what_is_saved_beside_an_adapter(first, saved):
     expected = torch.cat(one_by_one(model, NAMES, batch, lambda one: logits(model, **one)))
     assert (logits(model, **batch, adapter_names=NAMES) - expected).abs().max() < 1e-4
     assert (expected[1] - logits(tiny_llama(), **batch)[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("saved", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [7, 8, 9]}], ids=str)
+def test_threads_have_rows_of_their_own(saved):
+    model = get_peft_model(tiny_llama(), tiny_config(**saved)).eval()
+    model.add_adapter("second", tiny_config(**OTHER, **saved))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.second" in name or "trainable_tokens_delta.second" in name:
+                parameter.mul_(-0.5)
+    batch = {"input_ids": torch.tensor([[7, 8, 9]] * 2)}
+    expected, given = logits(model, **batch), {}
+
+    def between(*_):
+        """Runs on the model in another thread while this one is in the middle of a forward."""
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            given["active"] = pool.submit(lambda: logits(model, **batch)).result()
+            names = {"adapter_names": ["second", BASE]}
+            given["named"] = pool.submit(lambda: logits(model, **batch, **names)).result()
+
+    handle = model.get_base_model().model.layers[0].register_forward_pre_hook(between)
+    found = logits(model, **batch, adapter_names=[BASE, "second"])
+    assert torch.equal(given["active"], expected)
+    assert torch.equal(given["named"].flip(0), found)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
 def test_what_cannot_work_is_refused():

@@ -17,7 +17,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import (
     adapter_tensors,
@@ -378,6 +378,22 @@ def test_a_deleted_adapter_leaves_nothing():
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="this PEFT saves without asking")
+@pytest.mark.parametrize("name", ["0", "mlp", "mixture", "moa_A"])
+def test_nothing_is_lost_beside_an_adapter_that_is_called_what_a_module_is(name, tmp_path):
+    """PEFT tells tensors of other adapters by their names."""
+    model = tiny_moa()
+    model.save_pretrained(tmp_path / "alone")
+    model.add_adapter(name, tiny_config())
+    with pytest.raises(ValueError, match=f"'default' cannot be saved beside one that is called '{name}'"):
+        model.save_pretrained(tmp_path / "beside", selected_adapters=["default"])
+    model.save_pretrained(tmp_path / "beside", selected_adapters=[name])
+    model.delete_adapter(name)
+    model.save_pretrained(tmp_path / "after")
+    alone, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("alone", "after"))
+    assert same(alone, after)
+
+
 def test_after_deleting_the_first_adapter_the_second_acts():
     model = two_adapters()
     model.set_adapter("second")
@@ -385,6 +401,76 @@ def test_after_deleting_the_first_adapter_the_second_acts():
     model.delete_adapter("default")
     assert model.active_adapters == ["second"]
     assert torch.equal(logits(model), before)
+
+
+RESCALED = [moa.LoraExpert(["k", "v", "down"], r=2), moa.Ia3Expert()]
+
+
+@pytest.mark.parametrize(
+    ("before", "experts"),
+    [
+        ([moa.Ia3Expert()], RESCALED),
+        ([moa.Ia3Expert(["v"]), moa.LoraExpert(["q"], r=2)], RESCALED),
+        ([moa.AdapterExpert(4)], [moa.PromptExpert(3), moa.AdapterExpert(4), moa.LoraExpert(["o"], r=2)]),
+    ],
+)
+def test_an_adapter_is_what_it_is_alone_whatever_came_before_it(before, experts):
+    model = tiny_moa(tiny_config(experts=before))
+    model.add_adapter("second", tiny_config(experts=experts))
+    perturb(model.eval(), 2, "second").set_adapter("second")
+    alone = perturb(tiny_moa(tiny_config(experts=experts), adapter="second"), 2, "second")
+    assert torch.equal(logits(model), logits(alone))
+
+
+def test_an_adapter_that_is_added_while_others_are_switched_off_is_off_too():
+    model = tiny_moa(tiny_config(experts=[moa.LoraExpert(["q"], r=2)]))
+    with model.disable_adapter():
+        model.add_adapter("second", tiny_config())
+        perturb(model.eval(), 2, "second").base_model.set_adapter("second")
+        assert torch.equal(logits(model), logits(tiny_llama()))
+        assert model.get_model_status().enabled is False
+    alone = perturb(tiny_moa(adapter="second"), 2, "second")
+    assert torch.equal(logits(model), logits(alone))
+
+
+@pytest.mark.parametrize(
+    ("saved", "config"),
+    [
+        (["q_proj"], {}),
+        (["mlp"], {}),
+        (["layers.1"], {}),
+        (["lm_head", "self_attn"], {"experts": [moa.ParallelExpert(4)], "router": moa.Router(input="attention")}),
+    ],
+)
+def test_modules_that_are_part_of_a_mixture_are_not_saved_beside_it(saved, config):
+    base = tiny_llama()
+    before = anatomy(base)
+    with pytest.raises(ValueError, match=r"modules_to_save=.*layers\.\d\S* has experts or is read by a router"):
+        get_peft_model(base, tiny_config(modules_to_save=saved, **config))
+    assert anatomy(base) == before
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lmhead'\]: no module's path ends with"):
+        get_peft_model(base, tiny_config(modules_to_save=["lmhead"]))
+    model = tiny_moa()
+    expected = logits(model)
+    with pytest.raises(ValueError, match="has experts or is read by a router"):
+        model.add_adapter("second", tiny_config(experts=[moa.LoraExpert(["o"], r=2)], modules_to_save=["q_proj"]))
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["a.b", "__base__"])
+def test_a_name_that_no_adapter_can_have_is_refused(name):
+    model = tiny_moa()
+    before, expected = anatomy(model), logits(model)
+    with pytest.raises(ValueError, match=re.escape(f"adapter_name={name!r} must be a word without dots")):
+        model.add_adapter(name, tiny_config(**OTHER))
+    assert anatomy(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def test_gates_of_an_adapter_that_is_not_there_are_refused():
+    message = r"gate_values: there is no adapter 'second'; there are \['default'\]"
+    with pytest.raises(ValueError, match=message), moa.gate_values(tiny_moa(), "second"):
+        pass
 
 
 def test_mixed_peft_models_are_refused():

@@ -247,6 +247,26 @@ def test_a_shared_gate_is_still_one_after_targets_were_left_out() -> None:
     assert record.columns[0] == record.columns[1] == ["lora", "prompt", "parallel"]
 
 
+GATES = {
+    "one kind": ([LoraExpert(["q"], gate="a"), LoraExpert(["v"], gate="b")], ["lora", "lora#2"]),
+    "one kind and another": (
+        [LoraExpert(["q"], gate="a"), LoraExpert(["v"], gate="b"), ParallelExpert(4, gate="b")],
+        ["lora", "lora#2", "parallel"],
+    ),
+    "a site and a kind": ([ParallelExpert(4, gate="a"), ParallelExpert(4)], ["parallel", "parallel#2"]),
+    "a kind and a site": ([ParallelExpert(4), ParallelExpert(4, gate="a")], ["parallel", "parallel#2"]),
+}
+
+
+@pytest.mark.parametrize(("experts", "columns"), GATES.values(), ids=GATES.keys())
+def test_a_kind_under_several_gates_has_a_column_for_each(experts: list[Any], columns: list[str]) -> None:
+    model = hosting("llama", MoAConfig(experts=copy.deepcopy(experts), init_weights=False))
+    with moa.gate_values(model) as record:
+        model(torch.tensor([[1, 2, 3]]))
+    assert record.columns[0] == columns
+    assert record.gates[0].shape[-1] == len(columns)
+
+
 @pytest.mark.parametrize("name", ["second", "experts"])
 def test_a_second_mixture_finds_the_same_places(name: str) -> None:
     model = hosting("recurrent_gemma", **DECODERS["recurrent_gemma"].settings)

@@ -172,6 +172,28 @@ def test_a_change_in_place_of_what_backward_needs_is_noticed(path: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("path", ["mlp", "input_layernorm"])
+def test_what_was_changed_without_autograd_is_kept_and_not_made_again(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a hook that silences part of an activation, say: gradients are those of the changed numbers."""
+    model = adapted("llama")
+
+    def halve(*tensors: Any) -> None:
+        with torch.no_grad():
+            (tensors[-1][0] if path == "mlp" else tensors[-1]).mul_(0.5)
+
+    for layer in model.get_base_model().model.layers:
+        if path == "mlp":
+            layer.mlp.down_proj.register_forward_pre_hook(halve)
+        else:
+            layer.input_layernorm.register_forward_hook(halve)
+    found = gradients(model)
+    with keeping_everything(monkeypatch):
+        expected = gradients(model)
+    assert_equal(found, expected)
+
+
 def test_a_forward_without_backward_leaves_nothing() -> None:
     """What is kept must not hold the graph that holds it."""
     model = adapted("llama")

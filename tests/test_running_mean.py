@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import moa
-from moa.adapters.documents import document_starts
+from moa.adapters.documents import document_starts, text_positions
 from moa.adapters.running_mean import KEPT, RunningMeans
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -93,12 +93,18 @@ def test_a_text_goes_on_after_padding_on_its_right() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "early exit"])
 def test_assisted_decoding_is_greedy_decoding(name: str, how: str) -> None:
     model = adapted(name)
     ids = torch.tensor([[7, 8, 9, 10, 11, 12, 7, 8, 9, 10, 11, 12, 7, 8, 9]])
     settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    extra = {"prompt_lookup_num_tokens": 4} if how == "prompt lookup" else {"assistant_model": tiny_llama()}
+    extra = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 4},
+        "assistant": {"assistant_model": tiny_llama()},
+        "early exit": {
+            "assistant_early_exit": 1
+        },  # the blocks after it do not run, and its cache has no layers for them
+    }[how]
     assert torch.equal(model.generate(input_ids=ids, **settings, **extra), model.generate(input_ids=ids, **settings))
 
 
@@ -112,6 +118,49 @@ def test_tokens_that_are_taken_back_are_forgotten_up_to_a_limit() -> None:
     cache.crop(-KEPT - 5)
     with pytest.raises(ValueError, match="cropped by more than"):
         logits(model, input_ids=text[:, :1], past_key_values=cache)
+
+
+def test_tokens_that_others_put_in_the_place_of_cropped_ones_are_noticed() -> None:
+    model, cache = adapted(), DynamicCache()
+    logits(model, input_ids=tokens(1, 10), past_key_values=cache)
+    cache.crop(-5)
+    with model.disable_adapter():
+        logits(model, input_ids=tokens(1, 5, seed=9), past_key_values=cache)
+    with pytest.raises(ValueError, match="filled without the adapter"):
+        logits(model, input_ids=tokens(1, 2), past_key_values=cache)
+
+
+@pytest.mark.parametrize("level", ["token", "instance"])
+def test_gradients_reach_through_a_cache(level: str) -> None:
+    model, text = adapted(), tokens(1, 12)
+    if level == "token":
+        model = tiny_moa()
+
+    def gradients(*stops: int) -> dict[str, Tensor]:
+        model.zero_grad()
+        cache, start, found = DynamicCache(), 0, []
+        for stop in stops:
+            found.append(model(input_ids=text[:, start:stop], past_key_values=cache).logits)
+            start = stop
+        torch.cat(found, dim=1)[:, 8:].square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(12)
+    for name, gradient in gradients(4, 8, 12).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].abs().max()))
+
+
+def test_a_mask_with_a_bias_on_far_tokens_hides_nothing() -> None:
+    """Such as ALiBi's, which some families add to their mask."""
+    visible = torch.ones(6, 6).tril()
+    visible[3:, :3] = 0
+    places = torch.arange(6)
+    bias = -0.5 * (places[:, None] - places).abs()
+    for hidden in (torch.finfo(torch.float32).min, -torch.inf, -10000.0):
+        mask = bias.where(visible.bool(), torch.tensor(hidden))[None, None]
+        starts = document_starts(torch.zeros(1, 6, 4), {}, mask, None, 0)
+        assert starts.tolist() == [[True, False, False, True, False, False]]
+        assert text_positions(torch.zeros(1, 6, 4), mask, 0).all()  # type: ignore[union-attr]
 
 
 def test_beams_carry_their_sums() -> None:

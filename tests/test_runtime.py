@@ -340,6 +340,14 @@ def test_autocast_is_close_to_full_precision_and_keeps_fp32_gradients():
     torch.testing.assert_close(rounded.float(), logits(model), atol=0.25, rtol=0.05)
 
 
+@pytest.mark.parametrize("gating", [moa.TopK(k=3), moa.Threshold()])
+def test_a_float64_model_decodes_in_float64(gating):
+    model, text = tiny_moa(tiny_config(gating=gating)).double(), tokens(2, 5)
+    many = torch.cat([text] * 20)
+    found, expected = (logits(model, input_ids=ids) for ids in (text, many))
+    torch.testing.assert_close(found, expected[:2], rtol=1e-10, atol=1e-10)
+
+
 def test_a_bf16_base_trains_fp32_adapters():
     reference = prepared(tiny_moa(tiny_config(gating="soft")))
     loss_of(reference, tokens()).backward()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -131,6 +131,10 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
         if cache is not None and not is_paged(cache):
             return cache
     return None
+
+
+LAYER_WITHOUT_KEYS: Any = getattr(cache_utils, "DummyLayer", object)
+"""What a KV cache has in the place of a layer that keeps no keys, and that no mask is made after."""
 
 
 def is_paged(cache: Any) -> bool:

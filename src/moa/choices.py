@@ -40,12 +40,35 @@ def check_choice(what: str, value: Any, allowed: Collection[str]) -> None:
 
 def check_names(what: str, names: Any, allowed: Collection[str]) -> None:
     """Raise ValueError unless ``names`` lists one or more of ``allowed``, each once."""
-    if isinstance(names, str) or not names:
+    if not isinstance(names, list | tuple) or not names:
         raise ValueError(f"{what}={names!r} must be a list of {list(allowed)}")
     for name in names:
         check_choice(what, name, allowed)
         if list(names).count(name) > 1:
             raise ValueError(f"{what}={names!r} names {name!r} twice")
+
+
+def check_flag(what: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is True or False; a word such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{what}={value!r} must be True or False")
+
+
+def numbers(what: str, given: Any, of: str) -> list[int]:
+    """One number, counted from 0, or a list of them, as a list.
+
+    Args:
+        what: the setting, for the message.
+        given: its value.
+        of: what is numbered, e.g. ``"a block"``.
+
+    Raises:
+        ValueError: it is neither, or no number at all.
+    """
+    found = list(given) if isinstance(given, list | tuple | range) else [given]
+    if not found or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in found):
+        raise ValueError(f"{what}={given!r} must be the number of {of}, counted from 0, or a list of such numbers")
+    return found
 
 
 def check_range(

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from moa import _hosts
 from moa.adapters.low_rank import Part
 from moa.adapters.sharding import Parallel, Split
-from moa.choices import check_choice
+from moa.choices import check_choice, check_flag
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ROLES = (*PROJECTIONS, "mlp", "attention")
@@ -53,6 +53,11 @@ class Architecture:
     mask_hides: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("blocks", *ROLES):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str):
+                raise ValueError(f"architecture: {name}={path!r} must be a path, e.g. 'self_attn.q_proj', or None")
+        check_flag("architecture: mask_hides", self.mask_hides)
         if self.qkv_layout is not None:
             check_choice("architecture: qkv_layout", self.qkv_layout, QKV_LAYOUTS)
 

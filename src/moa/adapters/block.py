@@ -37,10 +37,13 @@ class Mixture(RouterLayer):
         columns: adapter -> names of its gate columns.
         column_outputs: adapter -> for every column, which of the router's outputs it is.
         auxiliary: adapter -> whether this router, or one over an expert's copies, has an auxiliary loss.
+        follows: adapter -> whether that is so in any block of the model, whose loss is then followed.
         beside: experts that read what attention reads, and are served when a router reads it too.
     """
 
-    other_param_names: ClassVar[tuple[str, ...]] = ("gating", "router", "columns", "column_outputs", "auxiliary")
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        *("gating", "router", "columns", "column_outputs", "auxiliary", "follows"),
+    )
 
     def __init__(self, view: BlockView, blocks: int):
         super().__init__(view.module, view.hidden_size, BlockContext(), view.split)
@@ -52,8 +55,11 @@ class Mixture(RouterLayer):
         self.columns: dict[str, list[str]] = {}
         self.column_outputs: dict[str, list[int]] = {}
         self.auxiliary: dict[str, bool] = {}
+        self.follows: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
+        kinds = [type(child).__name__ for child in view.module.children()]
+        self._streams_first = any("AltUp" in kind for kind in kinds)  # residual streams, in each of which are all rows
         self._four_bit = tuple(four_bit_layers(view.module))
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []
@@ -88,41 +94,40 @@ class Mixture(RouterLayer):
         """Start a forward of the block on ``hidden`` (batch, tokens, hidden_size), given how the block was called."""
         if self._four_bit and self.host.training and torch.is_grad_enabled():
             check_not_packed(self._four_bit, self.index)
-        now = self.context.open(hidden, exact=self.host.training or self.split is not None)
-        past = None
+        rows = hidden[0] if self._streams_first else hidden
+        now = self.context.open(rows, exact=self.host.training or self.split is not None)
         if self._needs_text(now):
             arguments = bound_arguments(parameters, args, kwargs)
-            past = _hosts.cache_of(arguments)
+            now.past = _hosts.cache_of(arguments)
             now.tokens, now.starts = text_of(hidden, arguments, self.mask_hides, self.index)
             for group in now.groups or ():
                 group.forward.tokens = None if now.tokens is None else group.of(now.tokens.unsqueeze(-1)).squeeze(-1)
-        self._route(now, hidden, "block", past)
+        self._route(now, hidden, "block")
 
     def _before_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self.context.forward
         if now is not None and not now.bypassed:
-            hidden, past = attended(self._parameters_of_attention, args, kwargs)
-            self._route(now, hidden, "attention", past)
+            self._route(now, attended(self._parameters_of_attention, args, kwargs), "attention")
 
-    def _route(self, now: Forward, features: Tensor, stage: str, past: Any) -> None:
+    def _route(self, now: Forward, features: Tensor, stage: str) -> None:
         if now.groups is None:
             for name in self.enabled(self.router):
                 if self.router[name].input == stage:
-                    self._decide(now, name, self._pooled(now, name, features, past))
+                    self._decide(now, name, self._pooled(now, name, features))
             return
         for group in now.groups:
             name = group.adapter
             if name in self.router and self.router[name].input == stage:
-                read = self._pooled(now, name, features, past)  # of all rows, as KV caches move them
+                read = self._pooled(now, name, features)  # of all rows, as KV caches move them
                 with self.context.alone(group) as own:
                     self._decide(own, name, group.input(read))
 
-    def _pooled(self, now: Forward, name: str, features: Tensor, past: Any) -> Tensor:
+    def _pooled(self, now: Forward, name: str, features: Tensor) -> Tensor:
         """What an adapter's router reads of ``features`` (batch, tokens, features)."""
         level = self.router[name].level
         if level == "token":
             return features
-        return pool(features, level, Text(now.tokens, now.starts), past, (self.index, name), self.blocks)
+        return pool(features, level, Text(now.tokens, now.starts), now.past, (self.index, name), self.blocks)
 
     def _decide(self, now: Forward, name: str, read: Tensor) -> None:
         gates: Gates = self(read, name, now.tokens)
@@ -167,12 +172,12 @@ def columns_of(weights: Tensor, dtype: torch.dtype, few: bool) -> Sequence[Gate]
     return weights.view(-1, outputs, 1).unbind(1)
 
 
-def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """What an attention module reads, and its KV cache, given how it was called."""
+def attended(parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What an attention module reads, given how it was called."""
     if args:
         kwargs = bound_arguments(parameters, args, kwargs)
     hidden: Tensor = kwargs["hidden_states"]
-    return hidden, _hosts.cache_of(kwargs)
+    return hidden
 
 
 @functools.cache

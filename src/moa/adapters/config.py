@@ -18,7 +18,7 @@ from moa.adapters.experts import EXPERTS, ExpertConfig, LoraExpert, ParallelExpe
 from moa.adapters.gating import GATINGS, Soft
 from moa.adapters.registration import MOA
 from moa.adapters.routers import Router
-from moa.choices import build, check_fields, check_range, from_fields, plain
+from moa.choices import build, check_fields, check_flag, check_range, from_fields, numbers, plain
 
 FORMAT_VERSION = 1
 
@@ -83,9 +83,12 @@ class MoAConfig(PeftConfig):
         if self.router is not None and not isinstance(self.router, Router):
             self.router = from_fields("router", Router, self.router)
         if self.layers_to_transform is not None:
-            self.layers_to_transform = block_numbers("layers_to_transform", self.layers_to_transform)
+            self.layers_to_transform = numbers("layers_to_transform", self.layers_to_transform, "a block")
         if self.architecture is not None:
             from_fields("architecture", Architecture, self.architecture)
+        check_flag("init_weights", self.init_weights)
+        _check_saved(self.modules_to_save)
+        _check_tokens(self.trainable_token_indices)
 
     def to_dict(self) -> dict[str, Any]:
         return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
@@ -96,16 +99,17 @@ class MoAConfig(PeftConfig):
         finish_card(Path(save_directory), self)
 
 
-def block_numbers(what: str, given: Any) -> list[int]:
-    """One number of a block, or a list of them, as a list.
+def _check_saved(given: Any) -> None:
+    if given is not None and not (isinstance(given, list | tuple) and all(isinstance(n, str) and n for n in given)):
+        raise ValueError(f"modules_to_save={given!r} must be a list of names of modules, e.g. ['lm_head']")
 
-    Raises:
-        ValueError: it is neither, or names no block at all.
-    """
-    numbers = list(given) if isinstance(given, list | tuple) else [given]
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise ValueError(f"{what}={given!r} must be the number of a block, counted from 0, or a list of such numbers")
-    return numbers
+
+def _check_tokens(given: Any) -> None:
+    for rows in (given or {}).values() if isinstance(given, dict | None) else (given,):
+        if rows:
+            numbers("trainable_token_indices", rows, "a token")
+        elif not isinstance(rows, list | tuple):
+            raise ValueError(f"trainable_token_indices={given!r} must be a list of numbers of tokens, or None")
 
 
 def _check_format(version: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from moa import _hosts
 from moa.adapters.low_rank import FEW_TOKENS, read
 from moa.adapters.mixed_batch import Group, Names
 
@@ -44,6 +45,8 @@ class Forward:
             router is missing.
         tokens: (batch, tokens), True for text, or None if nothing is padded.
         starts: (batch, tokens), True where a new document begins; None: one document per row.
+        past: the KV cache that the block was called with, if a router reads more than a token; attention modules of
+            some hybrids call it otherwise.
         notes: expert -> whatever it saw before its host ran and needs afterwards.
         bypassed: experts leave their hosts' outputs as they are (while prompt keys are computed).
         groups: the rows of each adapter, of which each has a forward of its own; None: all adapters see all rows.
@@ -56,8 +59,10 @@ class Forward:
             "gates",
             "groups",
             "notes",
+            "past",
             "read_input",
             "read_outputs",
+            "read_state",
             "starts",
             "tokens",
             "wide_input",
@@ -69,11 +74,13 @@ class Forward:
         self.gates: dict[str, Sequence[Gate]] = {}
         self.tokens: Tensor | None = None
         self.starts: Tensor | None = None
+        self.past: Any = None
         self.notes: dict[Any, Any] = {}
         self.bypassed = False
         self.read_input: Tensor | None = None
+        self.read_state: tuple[bool, int] | None = None
         self.read_outputs: dict[Reader, list[Tensor]] = {}
-        self.wide_input: tuple[Tensor, Tensor] | None = None
+        self.wide_input: tuple[Tensor, int, Tensor] | None = None
         self.groups: list[Group[Forward]] | None = None
 
     def gate(self, adapter: str, output: int | None, like: Tensor) -> Gate:
@@ -101,12 +108,12 @@ class Forward:
 
     def rows(self, x: Tensor) -> Tensor:
         """``x`` in at least float32, as (n, features). Kept for the next expert that reads the same tensor."""
-        if self.wide_input is None or self.wide_input[0] is not x:
+        if self.wide_input is None or self.wide_input[0] is not x or self.wide_input[1] != _hosts.version(x):
             rows = x.reshape(-1, x.shape[-1])
             if x.dtype is not torch.float32 and x.dtype is not torch.float64:
                 rows = rows.to(torch.float32)
-            self.wide_input = (x, rows)
-        return self.wide_input[1]
+            self.wide_input = (x, _hosts.version(x), rows)
+        return self.wide_input[2]
 
     def read(self, reader: Reader, x: Tensor, readers: Sequence[Reading], dtype: torch.dtype) -> list[Tensor]:
         """``x`` (..., in) through the first matrices of ``reader``, one (..., rank) each, and of everybody beside it.
@@ -117,8 +124,9 @@ class Forward:
             readers: all who are likely to read this very tensor; they will find their part here.
             dtype: to compute in.
         """
-        if self.read_input is not x:
-            self.read_input, self.read_outputs = x, {}
+        state = (torch.is_grad_enabled(), _hosts.version(x))
+        if self.read_input is not x or self.read_state != state:  # hooks of others may look on, or change it in place
+            self.read_input, self.read_state, self.read_outputs = x, state, {}
         if reader not in self.read_outputs:
             outputs = iter(read(x, [matrix for _, matrices in readers for matrix in matrices], dtype))
             self.read_outputs |= {key: [next(outputs) for _ in matrices] for key, matrices in readers}

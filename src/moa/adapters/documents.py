@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HIDDEN = -5000.0
+"""What an additive mask makes smaller than this it hides; less is a bias, such as ALiBi's."""
+
 
 def text_positions(hidden: Tensor, mask: Any, seen: Any) -> Tensor | None:
     """Which tokens are text, (batch, tokens) bool; None if nothing is padded. A token is text if it may see itself.
@@ -30,10 +33,10 @@ def text_positions(hidden: Tensor, mask: Any, seen: Any) -> Tensor | None:
         queries = torch.arange(length, device=hidden.device)
         return _block_mask(mask, batch, queries, queries + seen)
     if mask.dim() == 2:
-        return mask[:, seen : seen + length].bool()
+        return _of_these(mask.bool(), length, seen)
     visible = _visible(mask)
     if visible.shape[-2] != length:  # one row of keys for all queries: padding alone, causality is elsewhere
-        return visible[:, 0, seen : seen + length].expand(batch, length)
+        return _of_these(visible[:, 0], length, seen).expand(batch, length)
     return visible.gather(-1, _own_key(visible, seen).expand(*visible.shape[:-1], 1)).squeeze(-1).expand(batch, length)
 
 
@@ -68,17 +71,27 @@ def document_starts(hidden: Tensor, arguments: dict[str, Any], mask: Any, tokens
     return starts if torch.compiler.is_compiling() or bool(starts.any()) else None
 
 
+def _of_these(keys: Tensor, length: int, seen: Any) -> Tensor:
+    """Of (batch, keys) what is said of these ``length`` tokens. Blocks with states instead of keys are told no more."""
+    return keys.index_select(1, _places(length, keys, seen))
+
+
 def _visible(mask: Tensor) -> Tensor:
     """A 4-dimensional mask as (batch or 1, tokens, keys) bool."""
     first = mask[:, 0]
-    return first if first.dtype == torch.bool else first >= 0
+    return first if first.dtype == torch.bool else first > HIDDEN
 
 
 def _own_key(visible: Tensor, seen: Any) -> Tensor:
-    """Where each token's own key stands in a mask (..., tokens, keys): (tokens, 1). Sliding caches drop old keys."""
-    length, keys = visible.shape[-2:]
-    first = seen.clamp(max=keys - length) if isinstance(seen, Tensor) else min(seen, keys - length)
-    return (torch.arange(length, device=visible.device) + first).unsqueeze(-1)
+    """Where each token's own key stands in a mask (..., tokens, keys): (tokens, 1)."""
+    return _places(visible.shape[-2], visible, seen).unsqueeze(-1)
+
+
+def _places(length: int, mask: Tensor, seen: Any) -> Tensor:
+    """Where these tokens' own keys stand in a mask (..., keys): (tokens,). Sliding caches drop old keys."""
+    last = mask.shape[-1] - length
+    first = seen.clamp(max=last) if isinstance(seen, Tensor) else min(seen, last)
+    return torch.arange(length, device=mask.device) + first
 
 
 def _sees_nothing_before(visible: Tensor, seen: Any) -> Tensor:

@@ -32,6 +32,7 @@ def fit(config: MoAConfig, views: Mapping[str, BlockView]) -> MoAConfig:
     _check_layers(config, len(blocks))
     for block in blocks:
         _check_router(config, block)
+        _check_text(config, block, len(blocks))
     if not any(expert.optional for expert in config.experts):
         return config
     left: Left = {}
@@ -71,6 +72,20 @@ def _check_router(config: MoAConfig, block: BlockView) -> None:
         "token to decide on. Let the router read what attention reads, one decision per token, without auxiliary "
         "losses: router={'input': 'attention', 'level': 'token'}"
     )
+
+
+def _check_text(config: MoAConfig, block: BlockView, blocks: int) -> None:
+    """Raise ValueError if the router decides for a text of which this block may be given no more than the end."""
+    shared = getattr(block.config, "num_kv_shared_layers", 0) or 0
+    if config.router is None or config.router.level == "token" or block.index < blocks - shared:
+        return
+    if any(block.index in layers_of(expert, config, blocks) for expert in config.experts):
+        raise ValueError(
+            f"block {block.index} of {block.config.model_type} takes its keys and values from an earlier one "
+            f"(num_kv_shared_layers={shared}) and is run on the last tokens alone when no other logits are asked for, "
+            f"as in generate(): a router of level={config.router.level!r} cannot decide for the text there. Use "
+            f"router={{'level': 'token'}}, or layers_to_transform={[*range(blocks - shared)]}"
+        )
 
 
 def _fitted(expert: ExpertConfig, config: MoAConfig, blocks: Sequence[BlockView], left: Left) -> list[ExpertConfig]:

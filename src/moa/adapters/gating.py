@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from moa.choices import check_choice, check_range
+from moa.choices import check_choice, check_flag, check_range
 
 
 class Gates(NamedTuple):
@@ -85,7 +85,7 @@ class Gating:
         return mean.detach(), mean
 
     def of_few(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
-        """As a call, for a few tokens on a CPU: a rule that sorts is faster on numbers than on tensors there."""
+        """As a call, for few float32 tokens on a CPU: a rule that sorts is faster on numbers than on tensors there."""
         shape, thresholds = logits.shape, [None] * logits.shape[:-1].numel()
         if threshold_logit is not None:
             thresholds = threshold_logit.flatten().tolist()
@@ -177,6 +177,8 @@ class Threshold(Gating):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("threshold gating: gamma_max", self.gamma_max, low=0, high=1, open_low=True)
+        check_flag("threshold gating: constant", self.constant)
+        check_flag("threshold gating: renormalise", self.renormalise)
         check_choice("threshold gating: train_threshold", self.train_threshold, list(ESTIMATORS))
         check_choice("threshold gating: score", self.score, ["sigmoid", "softmax"])
 

@@ -6,6 +6,7 @@ Every adapter that is named gets the rows that name it, and works on them as if 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -38,13 +39,14 @@ class Group(Generic[F]):
         self.rows = rows
         self.batch = batch
         self.forward = forward
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[bool, int], Tensor] | None = None
 
     def input(self, x: Tensor) -> Tensor:
         """`of`; for the same tensor the same answer, by which experts see that they read one input."""
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, self.of(x))
-        return self._last[1]
+        state = (torch.is_grad_enabled(), _hosts.version(x))
+        if self._last is None or self._last[0] is not x or self._last[1] != state:
+            self._last = (x, state, self.of(x))
+        return self._last[2]
 
     def of(self, x: Tensor) -> Tensor:
         """These rows of ``x`` (batch, ...), or (batch * tokens, features) where an MLP flattens: (rows, ...)."""
@@ -137,7 +139,7 @@ def read_names(names: Any, known: Sequence[str], given: Tensor | None, training:
 
 @contextmanager
 def tell_wrappers(model: nn.Module, names: Names) -> Iterator[None]:
-    """Let PEFT's wrappers of ``modules_to_save`` and of trainable tokens know the names of rows inside."""
+    """Inside, let PEFT's wrappers of ``modules_to_save`` and trainable tokens know the names of this thread's rows."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [module.register_forward_pre_hook(_hook(module, names), with_kwargs=True) for module in wrappers]
     try:
@@ -148,9 +150,11 @@ def tell_wrappers(model: nn.Module, names: Names) -> Iterator[None]:
 
 
 def _hook(wrapper: nn.Module, names: Names) -> Callable[..., Any]:
-    own = _hosts.adapters_of_wrapper(wrapper)
+    own, thread = _hosts.adapters_of_wrapper(wrapper), threading.get_ident()
 
     def name_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None
         rows = [name if name in own else BASE for name in names.of_rows(len(args[0]))]
         return args, kwargs | {"adapter_names": rows}
 

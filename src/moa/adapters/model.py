@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,10 +19,11 @@ from moa.adapters.block import Mixture, attach_mixture, detach_mixture
 from moa.adapters.config import MoAConfig
 from moa.adapters.decoder import view_blocks
 from moa.adapters.experts import EXPERTS, ExpertLayer
+from moa.adapters.experts.base import column_position
 from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
 from moa.adapters.members import mixtures_of
-from moa.adapters.mixed_batch import read_names, tell_wrappers
+from moa.adapters.mixed_batch import BASE, read_names, tell_wrappers
 from moa.adapters.placement import BlockPlan, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 from moa.adapters.unsloth import refuse_unsloth
@@ -43,17 +44,23 @@ class MoAModel(BaseTuner):
         and saved of it is what this model can host.
         """
         refuse_unsloth(model)
+        check_name(adapter_name)
         kwargs["state_dict"] = None
         self._views = view_blocks(model, self.peft_config[adapter_name].architecture)
         self.peft_config[adapter_name] = fit(self.peft_config[adapter_name], self._views)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         mixtures = mixtures_of(model)
-        if mixtures and mixtures[0].auxiliary.get(adapter_name):  # for whoever calls the model and not its PeftModel
+        follows = any(mixture.auxiliary[adapter_name] for mixture in mixtures)
+        for mixture in mixtures:
+            mixture.follows[adapter_name] = follows
+        if follows:  # for whoever calls the model and not its PeftModel
             mixtures[0].keep(model.register_forward_hook(_follow_loss, with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, which PEFT calls past its hooks."""
-        return _follow_loss(self, args, kwargs, super().forward(*args, **kwargs))
+        """As the base model's, which PEFT calls past its hooks, and in MPT's case without having read adapter_names."""
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
+            return _follow_loss(self, args, kwargs, super().forward(*args, **kwargs))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -64,6 +71,7 @@ class MoAModel(BaseTuner):
         self._plans: dict[str, tuple[BlockView, BlockPlan]] = {
             name: (view, plan_block(peft_config, view, family)) for name, view in self._views.items()
         }
+        check_saved(model, peft_config, self._plans.values())
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._plans
@@ -96,6 +104,10 @@ class MoAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 inference_mode=peft_config.inference_mode,
             )
+        if mixture.disable_adapters:  # what is new to the block joins those that are switched off
+            for layer in mixture.host.modules():
+                if isinstance(layer, TunerLayer):
+                    layer.enable_adapters(False)
         share_inputs(mixture)
         if any(_hides_children(placement.host.module) for placement in plan.placements):
             mixture.keep(mixture.host.register_state_dict_post_hook(_add_hidden))
@@ -108,6 +120,7 @@ class MoAModel(BaseTuner):
             layer = EXPERTS[placement.expert.kind](placement.name, placement.host, mixture.context)
             layer.role = placement.role
             parent.add_module(child, layer)
+            put_in_order(parent, layer)
         return _hosts.children(parent)[child]  # type: ignore[return-value]
 
     @classmethod
@@ -122,6 +135,30 @@ class MoAModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(model, adapter_name, remapped)
         return remapped
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, of a ``state_dict`` from which it has taken whatever has another adapter's name in its own.
+
+        Raises:
+            ValueError: that were tensors of this adapter, too.
+        """
+        for name in (name for name, _ in model.named_parameters() if _of_adapter(adapter_name).search(name)):
+            clash = next((other for other in unwanted_adapter_names if f".{other}." in f"{name}."), None)
+            if clash is not None and name not in state_dict:
+                raise ValueError(
+                    f"the adapter {adapter_name!r} cannot be saved beside one that is called {clash!r}: PEFT would "
+                    f"leave out tensors that have this in their names, e.g. {name}. Delete {clash!r} from this model "
+                    "first, or load it under another name"
+                )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_MESSAGE)
@@ -166,7 +203,7 @@ def _follow_loss(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: 
     """A forward hook: lets auxiliary losses, if there are any, follow what the model's loss is multiplied by."""
     if module.training and torch.is_grad_enabled():
         mixture = next((m for m in module.modules() if isinstance(m, Mixture)), None)
-        if mixture is not None and any(mixture.auxiliary[name] for name in mixture.enabled(mixture.auxiliary)):
+        if mixture is not None and any(mixture.follows[name] for name in mixture.enabled(mixture.follows)):
             follow_loss(outputs, kwargs)
     return outputs
 
@@ -201,13 +238,60 @@ def share_inputs(mixture: Mixture) -> None:
                 mixture.beside = together
 
 
+def check_name(adapter: Any) -> None:
+    """Raise ValueError unless PEFT can find, save and load an adapter by its name."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter or adapter == BASE:
+        raise ValueError(f"adapter_name={adapter!r} must be a word without dots, and not {BASE!r}, which is no adapter")
+
+
+def check_saved(model: nn.Module, config: MoAConfig, plans: Iterable[tuple[BlockView, BlockPlan]]) -> None:
+    """Refuse to save modules in full that have a part of a mixture: PEFT would copy it with them, out of its block.
+
+    Raises:
+        ValueError: naming the module; or there is none of these names.
+    """
+    saved = tuple(config.modules_to_save or ())
+    parts = {id(module) for module in model.modules() if isinstance(module, TunerLayer)}
+    for view, plan in plans:
+        parts |= {id(module) for p in plan.placements for module in (p.host.module, p.host.source)}
+        if config.router is not None and config.router.input == "attention":
+            parts.add(id(view.attention))
+    if saved and not any(name.endswith(saved) for name, _ in model.named_modules()):
+        raise ValueError(f"modules_to_save={list(saved)}: no module's path ends with one of these names")
+    for name, module in model.named_modules():
+        if name.endswith(saved) and any(id(part) in parts for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save={list(saved)}: {name} has experts or is read by a router, and cannot be trained in "
+                "full beside them. Name modules outside of the mixture, such as 'lm_head' or 'embed_tokens', or give "
+                "the mixture other places"
+            )
+
+
+def put_in_order(host: nn.Module, new: ExpertLayer) -> None:
+    """Let the experts at one host act in the order of their gate columns, whichever adapter came first.
+
+    What rescales an output does so after everything that adds to it.
+    """
+    children, place = _hosts.children(host), column_position(new.site)
+    for name, layer in list(children.items()):
+        if isinstance(layer, ExpertLayer) and column_position(layer.site) > place:
+            layer.detach()
+            layer.hook()
+            children[name] = children.pop(name)
+
+
+def _of_adapter(adapter: str) -> re.Pattern[str]:
+    """What the names of an adapter's tensors have in them; an adapter may be called what a module is called."""
+    return re.compile(rf"\.moa_\w+\.{re.escape(adapter)}\.")
+
+
 def check_tensors(model: nn.Module, adapter: str, given: dict[str, Tensor]) -> None:
     """Compare ``given``, named as in ``model``, with the adapter's own tensors.
 
     Raises:
         ValueError: naming the first tensors that are missing, unknown, or of another shape.
     """
-    own = re.compile(rf"\.moa_\w+\.{re.escape(adapter)}\.")  # an adapter may be called what a module is called
+    own = _of_adapter(adapter)
     expected = {name: t for name, t in model.state_dict().items() if own.search(name)}
     theirs = {name: t for name, t in given.items() if ".moa_" in name}
     for name, tensor in theirs.items():

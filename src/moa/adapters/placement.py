@@ -55,15 +55,17 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
     """
     plan = BlockPlan(sorted(_placements(config, block, family), key=lambda p: column_position(p.name)))
     drivers: list[str] = []
+    seen: set[tuple[str, str]] = set()
     for placement in plan.placements:
         shared = placement.expert.gate
         # Sites of one kind under a common gate are one column, named after the kind.
-        column = placement.name if shared is None else placement.expert.kind
+        kind = placement.name if shared is None else placement.expert.kind
         driver = f"site {placement.name}" if shared is None else f"gate {shared}"
         if driver not in drivers:
             drivers.append(driver)
-        if column not in plan.columns:
-            plan.columns.append(column)
+        if (driver, kind) not in seen:
+            seen.add((driver, kind))
+            plan.columns.append(_unused(kind, plan.columns))
             plan.outputs.append(drivers.index(driver))
         if config.router is not None:
             placement.output = drivers.index(driver)
@@ -74,6 +76,12 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
             "smaller k, or give the block more experts"
         )
     return plan
+
+
+def _unused(name: str, taken: list[str]) -> str:
+    """``name``, or ``"name#2"`` and so on if it is among those taken: a kind may stand under several gates."""
+    numbered = (f"{name}#{number}" for number in range(2, len(taken) + 2))
+    return name if name not in taken else next(free for free in numbered if free not in taken)
 
 
 def _placements(config: MoAConfig, block: BlockView, family: str) -> Iterator[Placement]:

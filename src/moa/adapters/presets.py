@@ -94,7 +94,7 @@ def preset(name: str, **overrides: Any) -> MoAConfig:
         ValueError: unknown preset, or a setting that neither the configuration nor any of its experts has; the
             message offers the nearest valid name.
     """
-    if name not in PRESETS:
+    if name not in list(PRESETS):  # which asks no hash of a value that has none
         raise ValueError(f"there is no preset {name!r}{nearest(name, PRESETS)}; presets are {sorted(PRESETS)}")
     own = {field.name for field in dataclasses.fields(MoAConfig)}
     fields = {key: value for key, value in overrides.items() if key in own}

@@ -75,7 +75,7 @@ def _kept(packed: tuple[Tensor, int]) -> Tensor:
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """How to make ``tensor`` of what autograd keeps anyway; None if it is not the kind that is worth it."""
     node = tensor.grad_fn
-    if node is None:
+    if node is None or _hosts.version(tensor):  # changed in place since, which no function would make again
         return None
     name = node.name()
     if name in ACTIVATIONS:

@@ -21,7 +21,7 @@ from moa.adapters.gating import Gates, Gating
 from moa.adapters.low_rank import read
 from moa.adapters.sharding import Split
 from moa.adapters.tuner import Attached
-from moa.choices import check_choice, check_range
+from moa.choices import check_choice, check_flag, check_range
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Router:
 
     def __post_init__(self) -> None:
         check_range("router: hidden_per_expert", self.hidden_per_expert, low=0, whole=True)
+        check_flag("router: bias", self.bias)
         check_choice("router: level", self.level, ["token", "instance", "reference-instance"])
         check_choice("router: input", self.input, ["block", "attention"])
         if self.initial_logit is None:
@@ -155,7 +156,7 @@ class RouterLayer(Attached):
         if now is not None and now.few:
             logits = logits.view(*features.shape[:-1], -1)
             threshold = None if threshold is None else threshold.view(*features.shape[:-1], 1)
-            if gating.selects and logits.device.type == "cpu":
+            if gating.selects and logits.device.type == "cpu" and logits.dtype is torch.float32:
                 return gating.of_few(logits, threshold)
         gates = gating(logits, threshold)
         if self.training and gating.has_auxiliary_loss:

@@ -28,11 +28,16 @@ class Sums(NamedTuple):
     sums: Tensor
     end: int
 
+    def until(self, end: int) -> Sums:
+        """The state after the first ``end`` tokens, as far as it is known; itself if it has not seen more."""
+        beyond = self.end - end
+        return self if beyond <= 0 else Sums(self.sums[:, : max(self.sums.shape[1] - beyond, 0)], end)
 
-class RunningMeans:
+
+class RunningMeans(_hosts.LAYER_WITHOUT_KEYS):  # type: ignore[misc]
     """A layer of a KV cache that holds no keys but what instance-level routers remember, by block and adapter.
 
-    It has what transformers asks of any layer. `crop` does nothing: what is read is chosen by the cache's length.
+    It has what transformers asks of any layer.
     """
 
     is_compileable: ClassVar[bool] = True
@@ -62,7 +67,12 @@ class RunningMeans:
         self.states = {key: Sums(function(state.sums), state.end) for key, state in self.states.items()}
 
     def crop(self, tokens: int) -> None:
-        """See the class."""
+        """Forget the sums of what is taken back, the last ``-tokens``, since other tokens may come in their place
+        without the adapter. Older transformers say instead how many are kept.
+        """
+        if tokens:
+            ends = {key: state.end + tokens if tokens < 0 else tokens for key, state in self.states.items()}
+            self.states = {key: state.until(ends[key]) for key, state in self.states.items()}
 
     def offload(self) -> None:
         """Nothing that would be worth it."""
@@ -88,7 +98,9 @@ def means_of(past: Any, blocks: int) -> RunningMeans:
             f"instance-level routing cannot keep its state on a {type(past).__name__}. Use a router with level='token' "
             "or use_cache=False"
         )
-    while len(past.layers) < blocks:  # a cache that makes its layers when they are first needed
+    # Of the caches with fewer layers than blocks, some make them when they are first needed; in others, the last blocks
+    # share the keys of earlier ones or do not run.
+    while len(past.layers) < blocks and past.layer_class_to_replicate is not None:
         past.layers.append(past.layer_class_to_replicate())
     past.layers.append(RunningMeans(getattr(past.layers[0], "is_sliding", False)))
     return past.layers[-1]  # type: ignore[no-any-return]
@@ -182,7 +194,7 @@ def _continued(sums: Tensor, starts: Tensor | None, past: Any, key: tuple[int, s
     if isinstance(seen, Tensor):  # compiled with static shapes: nothing here may depend on a number
         if state is not None:
             sums = sums + state.sums[:, -1:] * (seen > 0)
-        means.states[key] = Sums(sums[:, -1:].detach(), 0)
+        means.states[key] = Sums(sums[:, -1:], 0)
         return sums
     if seen > 0:
         before = None if state is None else _at(state, seen)
@@ -194,7 +206,7 @@ def _continued(sums: Tensor, starts: Tensor | None, past: Any, key: tuple[int, s
         if starts is not None:
             before = before * (~starts.cummax(1).values).unsqueeze(-1)
         sums = sums + before
-    kept = sums.detach()
+    kept = sums  # with its history, as the keys and values in the cache have theirs
     if seen > 0 and state is not None and sums.shape[1] < KEPT:
         earlier = state.sums[:, : state.sums.shape[1] - (state.end - seen)]
         kept = torch.cat([earlier[:, -(KEPT - kept.shape[1]) :], kept], dim=1)
@@ -215,5 +227,5 @@ def _reference_mean(features: Tensor, past: Any, key: tuple[int, str], blocks: i
         mean = states[key].sums
     else:
         mean = features.mean(1, keepdim=True)
-        states[key] = Sums(mean.detach(), 0)
+        states[key] = Sums(mean, 0)
     return mean.expand_as(features)

@@ -140,6 +140,8 @@ def gate_values(model: nn.Module, adapter: str | None = None) -> Iterator[GateRe
     if not mixtures:
         raise ValueError(f"gate_values: {type(model).__name__} has no Mixture of Adapters")
     adapter = adapter or _only_adapter(model)
+    if adapter not in list(mixtures[0].auxiliary):
+        raise ValueError(f"gate_values: there is no adapter {adapter!r}; there are {[*mixtures[0].auxiliary]}")
     record = GateRecord()
     handles = [record.watch(mixture, adapter) for mixture in mixtures if adapter in mixture.router]
     for mixture in mixtures:

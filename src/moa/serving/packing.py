@@ -274,7 +274,7 @@ class PackedBlock(nn.Module):
         return gates if gates is None else gates[:, expert.span[0] : expert.span[1]]
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, _ = attended(self._parameters_of_attention, args, kwargs)
+        hidden = attended(self._parameters_of_attention, args, kwargs)
         self._now.attended = hidden
         if self._routed["attention"]:
             self._route(hidden, "attention")

@@ -21,6 +21,11 @@ from moa.adapters.experts.bottleneck import BottleneckLayer, Factors, UpProjecti
 from moa.adapters.experts.forms import Reads
 from moa.choices import check_choice, check_range
 
+WITH_WEIGHTS = ("prelu", "xielu")
+"""Activations that transformers knows and that have weights of their own, which nobody would train or save."""
+
+ACTIVATIONS = [name for name in ACT2FN if name not in WITH_WEIGHTS]
+
 
 @dataclass
 class ParallelExpert(ExpertConfig):
@@ -28,7 +33,7 @@ class ParallelExpert(ExpertConfig):
 
     Attributes:
         size: width of the bottleneck.
-        activation: a name from transformers' ``ACT2FN``.
+        activation: a name from transformers' ``ACT2FN``, of a function without weights of its own.
     """
 
     kind = "parallel"
@@ -39,7 +44,7 @@ class ParallelExpert(ExpertConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(f"{self.kind} expert: size", self.size, low=1, whole=True)
-        check_choice(f"{self.kind} expert: activation", self.activation, list(ACT2FN))
+        check_choice(f"{self.kind} expert: activation", self.activation, ACTIVATIONS)
 
     def sites(self) -> list[Site]:
         return [Site("parallel", "mlp")]
@@ -54,7 +59,7 @@ class AdapterExpert(ParallelExpert):
 
     Attributes:
         size: width of the bottleneck.
-        activation: a name from transformers' ``ACT2FN``.
+        activation: a name from transformers' ``ACT2FN``, of a function without weights of its own.
     """
 
     kind = "adapter"

@@ -32,7 +32,7 @@ from moa.adapters.gradients import check_gradient
 from moa.adapters.low_rank import widen
 from moa.adapters.routers import Router, RouterLayer
 from moa.adapters.tuner import Attached
-from moa.choices import build, check_range, from_fields
+from moa.choices import build, check_flag, check_range, from_fields, numbers
 
 
 class Site(NamedTuple):
@@ -75,6 +75,8 @@ class Copies:
 
     def __post_init__(self) -> None:
         check_range("copies: number", self.number, low=1, whole=True)
+        check_flag("copies: shared", self.shared)
+        check_flag("copies: bias", self.bias)
         self.gating = build("copies: gating", GATINGS, self.gating)
         if getattr(self.gating, "k", 1) > self.number:
             raise ValueError(f"copies: top-k gating with k={self.gating.k} needs at least that many copies")
@@ -85,7 +87,7 @@ class ExpertConfig:
     """What every kind of expert can be told.
 
     Attributes:
-        layers: numbers of the blocks that get this expert; None: all.
+        layers: numbers of the blocks that get this expert, one or a list; None: all.
         gate: share one gate among all sites of experts with the same ``gate`` name; None: a gate for every site.
         copies: a number, or a `Copies` (or dict) with details.
         optional: leave out, with a warning, what a model cannot host, instead of refusing the whole configuration.
@@ -108,8 +110,11 @@ class ExpertConfig:
             self.copies = Copies(self.copies)
         elif not isinstance(self.copies, Copies):
             self.copies = from_fields("copies", Copies, self.copies)
-        for layer in self.layers or []:
-            check_range(f"{self.kind} expert: layers", layer, low=0, whole=True)
+        if self.layers is not None:
+            self.layers = numbers(f"{self.kind} expert: layers", self.layers, "a block")
+        if self.gate is not None and not (isinstance(self.gate, str) and self.gate):
+            raise ValueError(f"{self.kind} expert: gate={self.gate!r} must be a name, or None for a gate of its own")
+        check_flag(f"{self.kind} expert: optional", self.optional)
 
     def sites(self) -> list[Site]:
         raise NotImplementedError

@@ -12,7 +12,7 @@ from moa.adapters.architectures import PROJECTIONS, Host
 from moa.adapters.context import BlockContext
 from moa.adapters.experts.base import ExpertConfig, ExpertLayer, Site
 from moa.adapters.experts.bottleneck import BottleneckLayer, Factors
-from moa.choices import check_names, check_range
+from moa.choices import check_flag, check_names, check_range
 
 
 @dataclass
@@ -39,6 +39,7 @@ class LoraExpert(ExpertConfig):
         super().__post_init__()
         check_range("lora expert: r", self.r, low=1, whole=True)
         check_range("lora expert: alpha", self.alpha, low=0, open_low=True)
+        check_flag("lora expert: rslora", self.rslora)
         check_range("lora expert: dropout", self.dropout, low=0, high=1)
         check_names("lora expert: targets", self.targets, PROJECTIONS)
 
