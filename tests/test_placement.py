@@ -222,6 +222,37 @@ def test_requests_that_do_not_fit_fail(config: MoAConfig) -> None:
         get_peft_model(build_family("mixtral"), config)
 
 
+SILENT = {
+    "one of many": {"gating": TopK(k=1)},
+    "softmax over one": {"gating": moa.Softmax(), "experts": [LoraExpert(targets=["o"])]},
+    "one sum of one": {"gating": moa.Threshold(renormalise=True), "experts": [ParallelExpert()]},
+    "one of many copies": {"router": None, "experts": [LoraExpert(copies=Copies(4, gating=TopK(k=1)))]},
+}
+
+
+@pytest.mark.parametrize("fields", SILENT.values(), ids=SILENT.keys())
+def test_a_router_that_would_learn_nothing_is_refused_in_training_alone(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="it would learn nothing"):
+        get_peft_model(build_family("llama"), MoAConfig(**fields))
+    get_peft_model(build_family("llama"), MoAConfig(inference_mode=True, **fields))
+
+
+HEARD: list[dict[str, Any]] = [
+    {"gating": TopK(k=1, balance=0.1)},
+    {"gating": moa.Soft(), "experts": [ParallelExpert()]},
+    {"gating": moa.Softmax(), "experts": [LoraExpert(targets=["q"]), ParallelExpert(layers=[0])]},
+]
+
+
+@pytest.mark.parametrize("fields", HEARD)
+def test_a_router_that_decides_somewhere_learns(fields: dict[str, Any]) -> None:
+    model = get_peft_model(build_family("llama"), MoAConfig(init_weights=False, **fields)).train()
+    ids = torch.arange(3, 27).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    routers = [p for name, p in model.named_parameters() if ".mixture.moa_w2." in name and p.grad is not None]
+    assert max(p.grad.abs().max() for p in routers if p.grad is not None) > 1e-6
+
+
 def test_nothing_that_fits_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"bloom can host nothing of this configuration\. Left out: the prompt expert"):
         get_peft_model(build_family("bloom"), moa.preset("prompt"))

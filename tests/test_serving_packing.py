@@ -37,7 +37,7 @@ EVERY_KIND_IN_COPIES = [
     moa.LoraExpert(targets=["v"], r=2, copies=moa.Copies(2, shared=True, bias=True)),
     moa.Ia3Expert(copies=moa.Copies(2, bias=True)),
     moa.AdapterExpert(size=4, copies=2),
-    moa.ParallelExpert(size=4, copies=moa.Copies(2, shared=True, gating=moa.TopK(k=1))),
+    moa.ParallelExpert(size=4, copies=moa.Copies(2, shared=True, gating=moa.TopK(k=1, balance=0.1))),
     moa.PromptExpert(length=3, copies=3),
 ]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -72,6 +72,10 @@ class Gating:
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         raise NotImplementedError
 
+    def decides(self, outputs: int) -> bool:
+        """Whether the weights of so many experts depend on their logits; else a router gets no gradient from them."""
+        return True
+
     def load(self, gates: Gates) -> tuple[Tensor, Tensor]:
         """``share`` and ``mean_score`` of the balance loss, both (experts,), of gates (tokens, experts).
 
@@ -121,6 +125,9 @@ class Softmax(Gating):
 
     kind: ClassVar[str] = "softmax"
 
+    def decides(self, outputs: int) -> bool:
+        return outputs > 1
+
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         weights = torch.softmax(_wide(logits), dim=-1)
         return Gates(weights, weights)
@@ -137,6 +144,9 @@ class TopK(Gating):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("topk gating: k", self.k, low=1, whole=True)
+
+    def decides(self, outputs: int) -> bool:
+        return min(self.k, outputs) > 1  # one that is taken alone has a weight of one
 
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         scores = torch.softmax(_wide(logits), dim=-1)
@@ -185,6 +195,9 @@ class Threshold(Gating):
     @property
     def learns_threshold(self) -> bool:  # type: ignore[override]
         return not self.constant
+
+    def decides(self, outputs: int) -> bool:
+        return outputs > 1 or (self.score == "sigmoid" and not self.renormalise)
 
     def __call__(self, logits: Tensor, threshold_logit: Tensor | None = None) -> Gates:
         logits = _wide(logits)

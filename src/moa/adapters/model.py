@@ -24,7 +24,7 @@ from moa.adapters.experts.bottleneck import BottleneckLayer
 from moa.adapters.fitting import fit
 from moa.adapters.members import mixtures_of
 from moa.adapters.mixed_batch import BASE, read_names, tell_wrappers
-from moa.adapters.placement import BlockPlan, plan_block
+from moa.adapters.placement import BlockPlan, check_routers_learn, plan_block
 from moa.adapters.tuner import MERGE_MESSAGE, TunerLayer
 from moa.adapters.unsloth import refuse_unsloth
 
@@ -72,6 +72,8 @@ class MoAModel(BaseTuner):
             name: (view, plan_block(peft_config, view, family)) for name, view in self._views.items()
         }
         check_saved(model, peft_config, self._plans.values())
+        if not peft_config.inference_mode:
+            check_routers_learn(peft_config, [plan for _, plan in self._plans.values()])
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._plans

@@ -6,7 +6,7 @@ Nothing is attached here, so that a configuration that does not fit a model fail
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from moa.adapters.architectures import PROJECTIONS, BlockView, Host
@@ -76,6 +76,22 @@ def plan_block(config: MoAConfig, block: BlockView, family: str) -> BlockPlan:
             "smaller k, or give the block more experts"
         )
     return plan
+
+
+def check_routers_learn(config: MoAConfig, plans: Iterable[BlockPlan]) -> None:
+    """Raise ValueError if what a router says changes no weight in any block: no loss would show it."""
+    outputs = [len(set(plan.outputs)) for plan in plans if plan.placements]
+    routers = [] if config.router is None else [("router", config.gating, outputs)]
+    for expert in config.experts:
+        if (number := expert.copies.number) > 1:
+            routers.append((f"{expert.kind} expert: copies", expert.copies.gating, [number]))
+    for what, gating, numbers in routers:
+        if not gating.has_auxiliary_loss and not any(map(gating.decides, numbers)):
+            raise ValueError(
+                f"{what}: {gating.kind} gating gives the only expert that it takes of {max(numbers)} the same weight, "
+                "whatever the router says, so that it would learn nothing. Choose soft or threshold gating, topk with "
+                "k=2 or more, or no router"
+            )
 
 
 def _unused(name: str, taken: list[str]) -> str:
