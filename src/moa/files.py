@@ -51,13 +51,23 @@ def read_json(path: Path, what: str = "file") -> Any:
 
 
 def parsed(text: str | bytes, place: str) -> Any:
-    """What JSON text holds; what is wrong with it is a ValueError that begins with ``place``."""
+    """What JSON text holds; what is wrong with it is a ValueError that begins with ``place``. So is a key that is there
+    twice, of which the last would be taken without a word.
+    """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"{place}: not JSON (nested too deeply)") from None
     except ValueError as error:  # a number of too many digits is one, too
         raise ValueError(f"{place}: not JSON ({error})") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def read_lines(path: Path, what: str = "file of JSON lines", *, torn: bool = False) -> Iterator[tuple[str, Any]]:
