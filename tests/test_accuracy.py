@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import GenerationConfig
 
 from moa.data import example_of, prompt_of
 from moa.data.dialects import convert
+from moa.decoding import generate_by
 from moa.evaluation.accuracy import Result, evaluate, wilson
 from moa.evaluation.generation import generate
 from moa.evaluation.loss import answer_loss, answer_losses
@@ -105,6 +108,20 @@ def test_generation_settings_of_the_model_do_not_count(lively: Any, tiny_tokeniz
         assert lively.generation_config is given
     finally:
         lively.generation_config = before
+
+
+def test_threads_leave_a_model_its_settings():
+    class Slow:
+        generation_config = given = GenerationConfig(min_new_tokens=8)
+
+        def generate(self, **inputs: Any) -> int | None:
+            time.sleep(0.02)  # long enough for the others to come in between
+            return self.generation_config.min_new_tokens
+
+    model = Slow()
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: generate_by(GenerationConfig(), model), range(8))) == [None] * 8
+    assert model.generation_config is Slow.given
 
 
 def test_counts_what_the_rule_finds(answering: Any, tiny_tokenizer: Any):

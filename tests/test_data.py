@@ -180,7 +180,8 @@ BAD = [
     # Columns that only a chat template reads.
     ({"instruction": "i", "output": "o", "tools": [{"name": "f"}]}, "'tools' is read by chat templates alone"),
     ({"prompt": "p", "completion": "c", "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is read by chat"),
-    ({"messages": [USER, ASSISTANT], "tools": "f(x)"}, "'tools' is text but not JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": "f(x)"}, "'tools': not JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": '[{"type": 1, "type": 2}]'}, "the key 'type' is there twice"),
     ({"messages": [USER, ASSISTANT], "tools": {"name": "f"}}, "'tools' must be a list, not dict"),
     ({"messages": [USER, ASSISTANT], "documents": ["text"]}, "'documents' must list objects"),
     ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": 1}}, "'tokenize' cannot be set by a row"),

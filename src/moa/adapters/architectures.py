@@ -139,6 +139,10 @@ class Host:
     split: Split | None = None
 
 
+STREAMS_FIRST = {"AltUp": True, "HyperConnection": False}
+"""By a child's class, blocks of several residual streams: whether streams come before rows in what they read."""
+
+
 @dataclass(eq=False)
 class BlockView:
     """One decoder block seen through its `Architecture`.
@@ -163,6 +167,12 @@ class BlockView:
     @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
+
+    @property
+    def streams_first(self) -> bool | None:
+        """Where residual streams lie in what the block reads, before rows or after them; None: there is just one."""
+        kinds = [type(child).__name__ for child in self.module.children()]
+        return next((first for mark, first in STREAMS_FIRST.items() if any(mark in kind for kind in kinds)), None)
 
     @property
     def attention(self) -> nn.Module | None:

@@ -58,8 +58,7 @@ class Mixture(RouterLayer):
         self.follows: dict[str, bool] = {}
         self.beside: Sequence[Any] = ()
         self.attention = (view.attention,)  # a tuple, so that nn.Module does not register it as a child
-        kinds = [type(child).__name__ for child in view.module.children()]
-        self._streams_first = any("AltUp" in kind for kind in kinds)  # residual streams, in each of which are all rows
+        self._streams_first = view.streams_first is True  # all rows are in each of them
         self._four_bit = tuple(four_bit_layers(view.module))
         self._handles: list[Any] = []
         self._parameters_of_attention: list[str] = []

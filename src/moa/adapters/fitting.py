@@ -60,12 +60,11 @@ def _check_layers(config: MoAConfig, blocks: int) -> None:
 
 def _check_router(config: MoAConfig, block: BlockView) -> None:
     """Raise ValueError if the router cannot read what this block reads."""
-    kinds = [type(child).__name__ for child in block.module.children()]
-    streams = any(mark in kind for kind in kinds for mark in ("AltUp", "HyperConnection"))
     router = config.router
     gatings = [config.gating, *(expert.copies.gating for expert in config.experts)]
     losses = any(gating.has_auxiliary_loss for gating in gatings)
-    if not streams or ((router is None or (router.input == "attention" and router.level == "token")) and not losses):
+    reads_one = router is None or (router.input == "attention" and router.level == "token")
+    if block.streams_first is None or (reads_one and not losses):
         return
     raise ValueError(
         f"the blocks of {block.config.model_type} read several residual streams at once, which is not one vector per "

@@ -59,8 +59,8 @@ def _answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, tem
     from transformers import TextStreamer
 
     from moa.data import prompt_tokens
+    from moa.decoding import generate_by
     from moa.evaluation.generation import context, greedy
-    from moa.generation import generate_by
 
     tokens = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
     room = context(model) - tokens.shape[1]

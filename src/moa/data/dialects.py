@@ -12,7 +12,6 @@ answer is refused; so are text that UTF-8 cannot hold and numbers that are not f
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from moa.choices import named
+from moa.files import parsed
 
 Row = dict[str, Any]
 
@@ -193,10 +193,7 @@ def _structure(fields: Mapping[str, Any], name: str, kind: type) -> Any:
     """A field that holds a list or an object, or JSON text of one, as tables without nested columns have it."""
     value = fields.get(name)
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise ValueError(f"the field {name!r} is text but not JSON") from None
+        value = parsed(value, f"the field {name!r}")
     if _is_empty(value):
         return None
     if not isinstance(value, kind):

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from moa.choices import check_range
 from moa.data.templates import Prompt
 from moa.data.tokens import end_of_turn, prompt_tokens
-from moa.generation import generate_by
+from moa.decoding import generate_by
 from moa.spans.runtime.application import applied_to
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from moa.adapters.telemetry import Place
 from moa.data.templates import Prompt
 from moa.data.tokens import prompt_text, prompt_tokens
+from moa.decoding import generate_by
 from moa.evaluation.generation import context, greedy
-from moa.generation import generate_by
 from moa.inspection.collect import RouterFacts, all_columns, decisions_of
 from moa.inspection.results import Example, Strongest
 

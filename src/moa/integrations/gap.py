@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from moa.data.tokens import Tokens
+from moa.decoding import generate_by
 from moa.evaluation.generation import batches, context, greedy, pad_left
-from moa.generation import generate_by
 
 ANSWER_TOKENS = 48
 """Of the mixture's own answers so many tokens are compared."""

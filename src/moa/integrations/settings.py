@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import PeftConfig
 
 from moa.adapters.presets import adapter_config
+from moa.files import parsed
 
 
 def mixture(section: Any) -> PeftConfig:
@@ -21,7 +21,7 @@ def mixture(section: Any) -> PeftConfig:
         ValueError: it is none of these; the message names the wrong key or value.
     """
     if isinstance(section, str) and section.lstrip().startswith("{"):
-        section = json.loads(section)
+        section = parsed(section, "moa")
     if isinstance(section, str):
         section = {"preset": section}
     if not isinstance(section, Mapping) or not section:

@@ -74,8 +74,8 @@ def _answer(model: Any, tokenizer: Any, tokens: Any, max_new_tokens: int) -> Any
     import torch
     from transformers import TextStreamer
 
+    from moa.decoding import generate_by
     from moa.evaluation.generation import greedy
-    from moa.generation import generate_by
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = greedy(model, tokenizer, max_new_tokens)

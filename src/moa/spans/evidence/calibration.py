@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from moa.generation import generate_by
+from moa.decoding import generate_by
 from moa.spans.evidence.conversation import conversation, prompt_tokens, token_ids
 from moa.spans.evidence.items import Item, predicted
 from moa.spans.evidence.sources import Passage, Source

@@ -6,8 +6,8 @@ changes the loss to first order by
     E[i, j] = -A[i, j] / (1 - A[i, j]) * (g[i, j] - sum_n g[i, n] A[i, n])        (arXiv 2406.14909, equation 3)
 
 Forward is torch's own where that can do it, and keeps queries, keys and values only. Backward computes the weights of
-some rows of one head again, in float32, and sums ``E`` over blocks on the spot: no N x N matrix of numbers ever exists,
-and where attention is causal the upper right of it is not even computed.
+some rows of one head again, in float32, and sums ``E`` over blocks on the spot: no N x N matrix is ever made,
+and where attention is causal nothing of its upper right is computed.
 
 Limits: one text per forward and no padding; self-attention only.
 """
